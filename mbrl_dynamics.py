@@ -1,0 +1,953 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+"""Learn the dynamics of an environment with an ensemble of neural networks.
+
+Every model-based agent in this folder stands on this file: a network f(s, a) that predicts how the state changes,
+
+    s' = s + Unnormalise(f(Normalise(s, a)))                                                                  (1)
+
+trained on transitions (s, a, s') by regression on the normalised change y = Normalise(s' - s), either deterministic,
+
+    loss_e = mean over batch and dimensions of (f_e(x) - y)²,       x = Normalise(s, a)                        (2)
+
+or, with `--probabilistic`, as a Gaussian whose mean μ and log-variance λ are both predicted (PETS, equation 1),
+
+    loss_e = mean of (μ_e(x) - y)² exp(-λ_e(x)) + λ_e(x)                                                       (3)
+
+An ensemble of E such networks starts from different weights and sees different batches. Where data is plentiful the
+members agree; where it is not they disagree, and their spread tells a planner what the model does not know.
+
+Pseudocode:
+
+    collect transitions (s, a, r, s') with random actions                  (or load them: --data)
+    hold out some whole episodes; fit the normalisers on the others only
+    for step = 1 .. train_steps:
+        for each member e (one batched product, no Python loop):
+            draw its own batch (x, y) from the training episodes;  x <- x + input_noise * N(0, 1)
+            one Adam step on loss_e
+    on the held-out episodes report:
+        one step:   normalised MSE, R² of every dimension, disagreement between members
+        open loop:  ŝ_0 = s_0, ŝ_{t+1} = model(ŝ_t, a_t) for 1, 5, 15, 50 steps, beside "nothing changes" (ŝ_t = s_0)
+
+Usage:
+
+    python mbrl_dynamics.py                                        # HalfCheetah-v5
+    python mbrl_dynamics.py --env-id Pendulum-v1 --save-data pendulum.pt
+    python mbrl_dynamics.py --env-id Pendulum-v1 --data pendulum.pt --probabilistic
+    python mbrl_dynamics.py --resume runs/HalfCheetah-v5__mbrl_dynamics__1__1700000000 --train-steps 10_000
+
+The trained ensemble loads on its own; four lines load it and predict for one state, by each of the E members:
+
+    from mbrl_dynamics import load_model
+    model = load_model("runs/HalfCheetah-v5__mbrl_dynamics__1__1700000000/model.pt")
+    obs, action = torch.zeros(model.obs_dim), torch.ones(model.action_dim)
+    next_obs, reward, terminated = model.predict(*(x.expand(model.ensemble_size, 1, -1) for x in (obs, action)))
+
+@EXPECT@
+
+Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps):
+
+    charts/episodic_return      mean return of the collected episodes, at step 0
+    charts/episodic_length      mean length of the collected episodes, at step 0
+    charts/SPS                  gradient steps per second, the first ten left out as warm-up
+    time/env_s                  seconds spent on collecting data
+    time/train_s                seconds spent on gradient steps
+    model/train_loss            loss of equation 2 or 3 (plus reward and termination heads), mean over the members
+    model/holdout_mse           one-step MSE in normalised units on held-out episodes, mean over the members
+    model/disagreement          std over the members of the same prediction, mean over held-out data and dimensions
+    model/r2                    R² of the ensemble's mean one-step prediction, mean over dimensions that change
+    model/r2_{dim}              the same for one dimension of Δs; "nothing changes" scores about 0, perfect is 1
+    model/reward_mse            error of the learned reward in units of its variance (learned reward only)
+    model/termination_accuracy  share of held-out steps whose termination is predicted (learned reward only)
+    model/open_loop_mse_{h}     error after h steps of open-loop prediction, in units of each dimension's variance
+    model/open_loop_baseline_{h}  the same error for the prediction that nothing changes
+    pictures/loss_curve         training loss and held-out error against gradient steps
+    pictures/predictions        true trajectory and every member's open-loop prediction for the first dimensions
+
+Where this deviates from the papers, and why:
+
+1. Normalised targets (PDDM, MBMF do; PETS does not): each dimension of Δs weighs the same, whatever its unit.
+2. Batches are drawn with replacement, not by epochs: E shuffles of a growing buffer cost more than they buy.
+3. The log-variance bounds are learned and regularised as in PETS, but weight decay is one number for all layers.
+4. The six locomotion tasks of Gymnasium's MuJoCo suite keep the absolute position x in the observation (the reward of a
+   planner is Δx/dt, which nobody can read from the standard observation). The model predicts its change too but never
+   sees it as an input: physics does not depend on where the robot stands.
+
+Papers: Nagabandi et al. 2018, MBMF, arXiv 1708.02596 (normalised Δs, input noise); Chua et al. 2018, PETS, arXiv
+1805.12114 (probabilistic ensembles); Nagabandi et al. 2019, PDDM, arXiv 1909.11652 (ensembles with MPC).
+"""
+
+import copy
+import csv
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Activation = Literal["tanh", "relu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
+HORIZONS = (1, 5, 15, 50)  # steps of open-loop prediction that are reported
+
+
+@dataclass
+class Args:
+    exp_name: str = "mbrl_dynamics"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator"""
+    torch_deterministic: bool = True
+    """use PyTorch's deterministic algorithms where there are any"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    num_threads: int | None = None
+    """CPU threads of PyTorch; None leaves its default (one per core)"""
+    track: bool = False
+    """mirror TensorBoard to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "mbrl"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user"""
+    log_dir: str = "runs"
+    """folder that holds the run folders"""
+    checkpoint_every: int = 5_000
+    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    resume: str | None = None
+    """run folder to continue; its settings are taken over, and only those that change no result may be given anew"""
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
+
+    # Data
+    num_envs: int = 8
+    """environments stepped in parallel"""
+    initial_steps: int = 20_000
+    """environment steps of the random policy"""
+    data: str | None = None
+    """file of transitions to use instead of random steps (written by --save-data)"""
+    save_data: str | None = None
+    """file to write the collected transitions to"""
+    holdout_ratio: float = 0.1
+    """share of the transitions held out, in whole episodes, to measure the model on"""
+
+    # Model
+    ensemble_size: int = 5
+    """members of the ensemble"""
+    num_layers: int = 2
+    """hidden layers of each member"""
+    hidden_size: int = 256
+    """units of each hidden layer"""
+    activation: Activation = "silu"
+    """nonlinearity of the hidden layers"""
+    probabilistic: bool = False
+    """predict mean and variance (Gaussian negative log-likelihood) instead of the mean alone (squared error)"""
+    reward: Literal["auto", "known", "learned"] = "auto"
+    """known: the environment's formulas for reward and termination; learned: predict them; auto: known if it has them"""
+
+    # Training
+    train_steps: int = 5_000
+    """gradient steps per fit of the model"""
+    eval_every: int = 100
+    """steps between evaluations"""
+    batch_size: int = 512
+    """samples in the batch of each gradient step (and of each member)"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    weight_decay: float = 0.0
+    """L2 penalty on the weights, through Adam"""
+    input_noise: float = 0.01
+    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input ends with one clear line and exit code 2, before any work starts."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        fail(message)
+
+
+def require_package(name: str, why: str) -> None:
+    require(importlib.util.find_spec(name) is not None, f"{why} needs the package {name}: pip install {name}")
+
+
+def check_args(args: Args) -> None:
+    one = "num_threads checkpoint_every num_envs ensemble_size num_layers hidden_size train_steps eval_every batch_size"
+    at_least = dict.fromkeys(one.split(), 1) | {"seed": 0, "initial_steps": 2, "weight_decay": 0, "input_noise": 0}
+    for field in fields(args):
+        value, choices, flag = getattr(args, field.name), get_args(field.type), f"--{field.name.replace('_', '-')}"
+        if field.name in at_least and value is not None:
+            low = at_least[field.name]
+            require(low <= value < float("inf"), f"{flag} must be at least {low}, got {value}")  # and so NaN fails too
+        if choices and all(isinstance(choice, str) for choice in choices):
+            require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
+    require(0 < args.learning_rate < float("inf"), f"--learning-rate must be positive, got {args.learning_rate}")
+    require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie between 0 and 1, got {args.holdout_ratio}")
+    folder = Path(args.save_data or ".").resolve().parent
+    require(folder.is_dir(), f"--save-data {args.save_data}: there is no folder {folder}")
+    require_package("matplotlib", "drawing the pictures")
+    if args.track:
+        require_package("wandb", "--track")
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+# Locomotion tasks whose reward is Δx/dt: leading observation dimensions (x, or x and y) that they hide by default.
+POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
+
+
+def make_env(env_id: str) -> gym.Env[Any, Any]:
+    """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
+    kwargs = {"exclude_current_positions_from_observation": False} if env_id in POSITIONS else {}
+    try:
+        env = gym.make(env_id, **kwargs)
+    except (gym.error.Error, ImportError, AttributeError, TypeError, ValueError) as error:
+        fail(f"--env-id {env_id}: {error}")
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        require(isinstance(space, gym.spaces.Box), f"--env-id {env_id}: the {name} space must be a Box, it is {space}")
+    require(
+        len(env.action_space.shape or ()) == 1, f"--env-id {env_id}: actions must be vectors, not {env.action_space}"
+    )
+    if len(env.observation_space.shape or ()) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+class Replayable(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
+
+    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        super().__init__(env)
+        self.start: dict[str, Any] = {}
+        self.actions: list[np.ndarray] = []
+        self.episodic_return = 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.start = {"rng": self.unwrapped.np_random.bit_generator.state} if seed is None else {"seed": seed}
+        self.actions, self.episodic_return = [], 0.0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions.append(np.array(action))
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.episodic_return += float(reward)
+        return obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict[str, Any]:
+        actions = torch.from_numpy(np.stack(self.actions)) if self.actions else None
+        return {**self.start, "actions": actions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Returns the observation that the episode had reached."""
+        if "rng" in state:
+            self.unwrapped.np_random.bit_generator.state = state["rng"]
+        obs, _ = self.reset(seed=state.get("seed"))
+        for action in [] if state["actions"] is None else state["actions"].numpy():
+            obs, *_ = self.step(action)
+        return np.asarray(obs, np.float32)
+
+
+class VectorEnv:
+    """num_envs environments stepped together. A finished one is reset in the same step (Gymnasium's SAME_STEP), so
+    `obs` is always what to act on, while `step` returns the true next observation, even of a finished episode."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        self.envs = [Replayable(make_env(env_id)) for _ in range(num_envs)]
+        self.action_space = copy.deepcopy(
+            self.envs[0].action_space
+        )  # a class may share one space over all its instances
+        self.action_space.seed(seed)
+        self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
+        self.episode = np.arange(num_envs)  # which episode each environment is in, numbered over all of them
+        self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended
+
+    def random_action(self) -> np.ndarray:
+        return np.stack([self.action_space.sample() for _ in self.envs])
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        next_obs, reward, terminated = np.empty_like(self.obs), np.empty(len(self.envs)), np.zeros(len(self.envs), bool)
+        self.obs, self.episode, self.finished = self.obs.copy(), self.episode.copy(), []
+        for i, env in enumerate(self.envs):
+            next_obs[i], reward[i], terminated[i], truncated, _ = env.step(action[i])
+            self.obs[i] = next_obs[i]
+            if terminated[i] or truncated:
+                self.finished.append((env.episodic_return, len(env.actions)))
+                self.obs[i] = env.reset()[0]
+                self.episode[i] = self.episode.max() + 1
+        return next_obs, reward, terminated
+
+    def state_dict(self) -> dict[str, Any]:
+        rng = self.action_space.np_random.bit_generator.state
+        envs = [env.state_dict() for env in self.envs]
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
+        self.action_space.np_random.bit_generator.state = state["rng"]
+        self.episode = state["episode"].numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+COLUMNS = ("obs", "action", "next_obs", "reward", "terminated", "episode")
+
+
+class ReplayBuffer:
+    """Transitions in preallocated tensors on the training device; when it is full the oldest are overwritten."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.obs = torch.zeros(capacity, obs_dim, device=device)
+        self.action = torch.zeros(capacity, action_dim, device=device)
+        self.next_obs = torch.zeros(capacity, obs_dim, device=device)
+        self.reward = torch.zeros(capacity, device=device)
+        self.terminated = torch.zeros(capacity, device=device)  # not truncated: a time limit is no property of a state
+        self.episode = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.capacity, self.position, self.size = capacity, 0, 0
+
+    def add(self, **rows: np.ndarray | Tensor) -> None:
+        count = len(rows["obs"])
+        index = (self.position + torch.arange(count)) % self.capacity
+        for name, values in rows.items():
+            column = getattr(self, name)
+            column[index] = torch.as_tensor(values).to(column)
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def state_dict(self) -> dict[str, Any]:
+        columns = {name: getattr(self, name)[: self.size].clone() for name in COLUMNS}
+        return columns | {"position": self.position, "capacity": self.capacity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = 0
+        self.add(**{name: state[name] for name in COLUMNS})
+        self.position = state["position"]
+
+
+def load_data(path: str, env_id: str) -> dict[str, Tensor]:
+    """The columns of a file written by `--save-data`, after checking that they are whole and from this environment."""
+    require(Path(path).is_file(), f"--data {path}: there is no such file")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        columns = {name: data[name] for name in COLUMNS}
+        count, source = len(columns["obs"]), data["env_id"]
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"--data {path} is not a file written by --save-data ({type(error).__name__})")
+    require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
+    require(count > 1, f"--data {path} has {count} transitions, too few to learn from")
+    for name, column in columns.items():
+        require(len(column) == count, f"--data {path}: {count} rows of obs, but {len(column)} of {name}")
+        bad = (~torch.isfinite(column)).nonzero()
+        if len(bad):
+            where = f"row {bad[0, 0]}" + (f", dimension {bad[0, 1]}" if bad.shape[1] > 1 else "")
+            fail(f"--data {path}: {name} has {len(bad)} non-finite values, the first in {where}")
+    return columns
+
+
+def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of the training and the held-out transitions, each in order of episode and time.
+
+    Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
+    memory, not generalisation. With one episode only, its last part is held out.
+    """
+    order = torch.sort(episode, stable=True).indices
+    episodes, counts = episode.unique(return_counts=True)
+    if len(episodes) == 1:
+        cut = min(max(round(len(order) * (1 - holdout_ratio)), 1), len(order) - 1)
+        return order[:cut], order[cut:]
+    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
+    rows_before = counts[shuffled].cumsum(0) - counts[shuffled]
+    chosen = rows_before < holdout_ratio * len(episode)
+    chosen[-1] = False  # at least one episode is left to train on
+    held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
+    return order[~held_out], order[held_out]
+
+
+class Normaliser(nn.Module):
+    """x -> (x - mean) / std. Both are buffers, so that a saved model never goes without them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, x: Tensor) -> None:
+        std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
+        # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
+        constant = ~(std > 1e-6 * (1 + mean.abs()))
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class StackedMLP(nn.Module):
+    """E independent multilayer perceptrons as one: weights (E, in, out) and one batched product a layer."""
+
+    def __init__(self, ensemble_size: int, sizes: list[int], activation: str):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            bound = fan_in**-0.5  # torch.nn.Linear's own initialisation
+            self.weights.append(nn.Parameter(torch.empty(ensemble_size, fan_in, fan_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(ensemble_size, 1, fan_out).uniform_(-bound, bound)))
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (E, B, in) -> (E, B, out)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < len(self.weights) - 1:
+                x = self.activation(x)
+        return x
+
+
+class DynamicsModel(nn.Module):
+    """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
+
+    The first `skip` observation dimensions (absolute positions) are predicted but not seen. With `learn_reward` the
+    target has two more columns: the reward, normalised like Δs, and whether the step terminated, as a logit.
+    """
+
+    outputs_per_target = 1
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, ensemble_size: int, num_layers: int, hidden_size: int, activation: str,
+        learn_reward: bool, skip: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.obs_dim, self.action_dim, self.ensemble_size = obs_dim, action_dim, ensemble_size
+        self.learn_reward, self.skip = learn_reward, skip
+        self.num_targets = obs_dim + learn_reward
+        num_inputs, num_outputs = obs_dim - skip + action_dim, self.num_targets * self.outputs_per_target + learn_reward
+        self.input_normaliser, self.target_normaliser = Normaliser(num_inputs), Normaliser(self.num_targets)
+        self.mlp = StackedMLP(ensemble_size, [num_inputs, *[hidden_size] * num_layers, num_outputs], activation)
+
+    def regression_data(self, buffer: ReplayBuffer, rows: Tensor, fit: bool = False) -> tuple[Tensor, Tensor]:
+        """Inputs x (N, in) and targets y (N, out) of these rows, normalised once per fit rather than once per batch."""
+        obs, action, next_obs = buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows]
+        x, y = torch.cat([obs[:, self.skip :], action], dim=1), next_obs - obs
+        if self.learn_reward:
+            y = torch.cat([y, buffer.reward[rows, None]], dim=1)
+        if fit:
+            self.input_normaliser.fit(x)
+            self.target_normaliser.fit(y)
+        x, y = self.input_normaliser(x), self.target_normaliser(y)
+        return x, torch.cat([y, buffer.terminated[rows, None]], dim=1) if self.learn_reward else y
+
+    def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:  # (E, B, in), (E, B, out) -> (E,)
+        output = self.mlp(x).float()
+        loss = self.regression_loss(output, y[..., : self.num_targets])
+        if self.learn_reward:
+            entropy = F.binary_cross_entropy_with_logits(output[..., -1], y[..., -1], reduction="none")
+            loss = loss + entropy.mean(dim=1)
+        return loss
+
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(E, B, D), (E, B, A) -> mean next_obs (E, B, D); reward and termination probability (E, B) if learned."""
+        output = self.mlp(self.input_normaliser(torch.cat([obs[..., self.skip :], action], dim=-1)))
+        change = self.target_normaliser.inverse(output[..., : self.num_targets])
+        next_obs = obs + change[..., : self.obs_dim]
+        return (next_obs, change[..., -1], output[..., -1].sigmoid()) if self.learn_reward else (next_obs, None, None)
+
+
+class Ensemble(DynamicsModel):
+    """Deterministic members, trained by the squared error (equation 2)."""
+
+    def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
+        return (output[..., : self.num_targets] - target).square().mean(dim=(1, 2))
+
+
+class GaussianEnsemble(DynamicsModel):
+    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood (equation 3)."""
+
+    outputs_per_target = 2  # mean and log-variance
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_logvar = nn.Parameter(torch.full((self.num_targets,), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((self.num_targets,), -10.0))
+
+    def logvar(self, output: Tensor) -> Tensor:
+        """Softly clamped (PETS, appendix A.1): outside the data a free variance would explode or collapse."""
+        logvar = output[..., self.num_targets : 2 * self.num_targets]
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+    def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
+        logvar = self.logvar(output)
+        nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum()  # keeps the learned bounds as tight as they can be
+        return nll.mean(dim=(1, 2)) + bounds / self.ensemble_size
+
+
+def make_model(config: dict[str, Any]) -> DynamicsModel:
+    shape = {name: value for name, value in config.items() if name != "probabilistic"}
+    return GaussianEnsemble(**shape) if config["probabilistic"] else Ensemble(**shape)
+
+
+def load_model(path: str | Path) -> DynamicsModel:
+    """The trained ensemble of a run: `load_model("runs/.../model.pt")`."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = make_model(saved["config"])
+    model.load_state_dict(saved["model"])
+    return model.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------ algorithm
+
+
+def has_known_reward(env: gym.Env[Any, Any]) -> bool:
+    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
+    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
+
+
+def train_step(
+    model: DynamicsModel, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch_size: int, input_noise: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One gradient step of every member on its own batch from x (N, in) and y (N, out); returns the losses (E,)."""
+    index = torch.randint(len(x), (model.ensemble_size, batch_size), device=x.device)
+    batch = x[index] + input_noise * torch.randn(*index.shape, x.shape[1], device=x.device)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model.loss(batch, y[index])
+    optimizer.zero_grad()
+    loss.sum().backward()  # the members share no weights: the gradient of the sum is each one's own
+    optimizer.step()
+    return loss.detach()
+
+
+def check_finite(losses: Tensor, model: DynamicsModel, step: int, run_dir: Path) -> None:
+    """A model that has diverged is of no use, and must not overwrite its last good checkpoint."""
+    tensors = {"model/train_loss": losses} | dict(model.named_parameters())
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        checkpoint = run_dir / "checkpoint.pt"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        sys.exit(f"non-finite {bad[0]} at or before gradient step {step}; {last}; try a smaller --learning-rate")
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def one_step_metrics(model: DynamicsModel, x: Tensor, y: Tensor) -> dict[str, float]:
+    """How well the ensemble predicts the next state of held-out transitions x (N, in), y (N, out)."""
+    output, truth = model.mlp(x.expand(model.ensemble_size, -1, -1)), y[:, : model.num_targets]
+    mean = output[..., : model.num_targets]  # (E, N, D), and one column more if the reward is learned
+    square = (mean - truth).square()
+    metrics = {"model/holdout_mse": square[..., : model.obs_dim].mean().item()}
+    metrics["model/disagreement"] = mean[..., : model.obs_dim].std(dim=0, correction=0).mean().item()
+    if model.learn_reward:
+        metrics["model/reward_mse"] = square[..., -1].mean().item()
+        metrics["model/termination_accuracy"] = ((output[..., -1] > 0) == (y[:, -1] > 0.5)).float().mean().item()
+    # R² = 1 - residual / total sum of squares; a dimension that never changes has none to explain and is left out.
+    residual = (mean.mean(dim=0) - truth).square().sum(dim=0)[: model.obs_dim]
+    total = (truth - truth.mean(dim=0)).square().sum(dim=0)[: model.obs_dim]
+    changing = (total > 1e-6 * len(truth)).nonzero()[:, 0].tolist()
+    r2 = {dim: 1 - (residual[dim] / total[dim]).item() for dim in changing}
+    metrics["model/r2"] = float(np.mean(list(r2.values()))) if r2 else float("nan")
+    return metrics | {f"model/r2_{dim}": value for dim, value in r2.items()}
+
+
+@torch.no_grad()
+def open_loop(model: DynamicsModel, obs: Tensor, action: Tensor) -> Tensor:
+    """Predict from obs (B, D) through the actions (B, H, A), every member on its own: (E, B, H, D)."""
+    states, state = [], obs.expand(model.ensemble_size, -1, -1)
+    for step in range(action.shape[1]):
+        state = model.predict(state, action[:, step].expand(model.ensemble_size, -1, -1))[0]
+        states.append(state)
+    return torch.stack(states, dim=2)
+
+
+def windows(buffer: ReplayBuffer, rows: Tensor, horizon: int, most: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `most` stretches of `horizon` steps within single episodes: obs (B, D), action and next_obs (B, H, ·)."""
+    episode = buffer.episode[rows]  # rows are in order of episode and time
+    last = episode[horizon - 1 :]
+    starts = (episode[: len(last)] == last).nonzero()[:, 0]
+    starts = starts[torch.linspace(0, len(starts) - 1, min(most, len(starts))).long()]
+    index = rows[starts[:, None] + torch.arange(horizon, device=rows.device)]  # (B, H)
+    return buffer.obs[index[:, 0]], buffer.action[index], buffer.next_obs[index]
+
+
+def open_loop_metrics(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, scale: Tensor) -> dict[str, float]:
+    """Squared error after h steps in units of the observations' variance, against "nothing changes"."""
+    metrics = {}
+    for horizon in HORIZONS:
+        obs, action, truth = windows(buffer, rows, horizon)
+        if len(obs):  # episodes may all be shorter
+            error = (open_loop(model, obs, action)[:, :, -1] - truth[:, -1]) / scale  # (E, B, D)
+            metrics[f"model/open_loop_mse_{horizon}"] = error.square().mean().item()
+            metrics[f"model/open_loop_baseline_{horizon}"] = ((obs - truth[:, -1]) / scale).square().mean().item()
+    return metrics
+
+
+def summary(metrics: dict[str, float]) -> str:
+    r2 = {tag: value for tag, value in metrics.items() if tag.startswith("model/r2_")}
+    worst = min(r2, key=lambda tag: r2[tag], default="")
+    one_step = f"one step    held-out MSE {metrics['model/holdout_mse']:.4f}, R² {metrics['model/r2']:.4f}"
+    lines = [one_step + (f" (worst: dimension {worst[9:]}, {r2[worst]:.4f})" if r2 else "")]
+    for horizon in HORIZONS:
+        if f"model/open_loop_mse_{horizon}" in metrics:
+            error, baseline = metrics[f"model/open_loop_mse_{horizon}"], metrics[f"model/open_loop_baseline_{horizon}"]
+            lines.append(
+                f"open loop   after {horizon:2d} steps {error:.3g} of the variance (nothing changes: {baseline:.3g})"
+            )
+    return "\n".join(lines)
+
+
+def draw_loss_curve(history: dict[str, list[tuple[int, float]]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="gradient step", ylabel="normalised error")
+    for tag, label in (("model/train_loss", "training loss"), ("model/holdout_mse", "one-step MSE, held-out episodes")):
+        axes.plot(*zip(*history[tag], strict=True), label=label)
+    if min(value for _, value in history["model/train_loss"]) > 0:  # a likelihood may be negative
+        axes.set_yscale("log")
+    axes.set_title(f"Dynamics model: held-out MSE {history['model/holdout_mse'][-1][1]:.4f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_predictions(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, scale: Tensor) -> Any:
+    """The first held-out stretch: what happened (black) and what each member thought would happen."""
+    from matplotlib.figure import Figure
+
+    lengths = [horizon for horizon in HORIZONS if len(windows(buffer, rows, horizon, 1)[0])]
+    obs, action, truth = windows(buffer, rows, lengths[-1] if lengths else 1, 1)
+    predicted = torch.cat([obs.expand(model.ensemble_size, 1, -1), open_loop(model, obs, action)[:, 0]], dim=1).cpu()
+    true = torch.cat([obs, truth[0]]).cpu()  # (H + 1, D)
+    error = (((predicted - true) / scale.cpu()).square().mean()).item()
+    shown = min(6, model.obs_dim)
+    figure = Figure(figsize=(10, 2.2 * -(-shown // 2) + 0.6), layout="constrained")
+    for dim, axes in enumerate(figure.subplots(-(-shown // 2), 2, sharex=True, squeeze=False).flat[:shown]):
+        members = predicted[..., dim]  # (E, H + 1)
+        axes.fill_between(range(len(true)), members.amin(0), members.amax(0), color="C0", alpha=0.2)
+        lines = [
+            *axes.plot(true[:, dim], color="black", linewidth=1.6),
+            *axes.plot(members.T, color="C0", linewidth=0.8),
+        ]
+        spread = (true[:, dim].max() - true[:, dim].min()).clamp(min=0.5 * float(scale[dim]))
+        axes.set_ylim(true[:, dim].min() - spread, true[:, dim].max() + spread)  # a diverging member leaves the picture
+        axes.set_ylabel(f"dimension {dim}")
+    figure.supxlabel("steps predicted open loop")
+    figure.suptitle(f"Open-loop prediction over {len(true) - 1} steps: mean squared error {error:.3g} (in variances)")
+    figure.legend(lines[:2], ["true", "members"], loc="outside lower right", ncols=2)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------- logging and checkpoints
+
+
+class Logger:
+    """The run folder: args.json, TensorBoard events and metrics.csv. What was logged after `step` (the checkpoint that
+    a resumed run starts from) is dropped, so that the curves look as if nothing had happened."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int | None = None):
+        self.run_dir, self.path = run_dir, run_dir / "metrics.csv"
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                id=run_dir.name, resume="allow", sync_tensorboard=True,
+            )  # fmt: skip
+        if step is not None and self.path.exists():
+            for row in csv.DictReader(self.path.open()):
+                if int(row["step"]) <= step:
+                    self.history[row["tag"]].append((int(row["step"]), float(row["value"])))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=2))
+        self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
+        with self.path.open("w") as file:
+            file.write("step,tag,value\n")
+            file.writelines(f"{at},{tag},{value!r}\n" for tag, rows in self.history.items() for at, value in rows)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        with self.path.open("a") as file:
+            for tag, value in values.items():
+                if not self.history[tag] or self.history[tag][-1][0] < step:  # else logged before it was resumed
+                    self.history[tag].append((step, value))
+                    self.writer.add_scalar(tag, value, step)
+                    file.write(f"{step},{tag},{value!r}\n")
+
+    def close(self, result: dict[str, float]) -> None:
+        """result.json marks the run as finished."""
+        self.writer.close()
+        temporary = self.run_dir / "result.json.tmp"
+        temporary.write_text(json.dumps(result, indent=2))
+        os.replace(temporary, self.run_dir / "result.json")
+
+    def picture(self, tag: str, figure: Any, step: int) -> None:
+        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
+        self.writer.add_figure(tag, figure, step)
+
+
+def save_file(path: Path, contents: dict[str, Any]) -> None:
+    """Atomic: a process killed halfway leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(contents, temporary)
+    os.replace(temporary, path)
+
+
+class Checkpointer:
+    """A run in one file: `parts` (whatever has a state_dict), `progress` (plain numbers and lists) and PyTorch's random
+    generators. SIGINT and SIGTERM only raise a flag, so that the loop can save before it leaves."""
+
+    def __init__(self, script: str, run_dir: Path, progress: dict[str, Any], parts: dict[str, Any]):
+        self.script, self.run_dir, self.progress, self.parts = script, run_dir, progress, parts
+        self.signal, self.started = 0, time.perf_counter()
+
+    def __enter__(self) -> "Checkpointer":
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # asked twice: leave at once
+        self.signal = number
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        self.progress.update(checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def save(self) -> None:
+        now = time.perf_counter()
+        self.progress["seconds"] += now - self.started  # over all sessions of a resumed run
+        self.started = now
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": self.script, "progress": self.progress, "rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        save_file(self.run_dir / "checkpoint.pt", state)
+
+    def step(self, due: bool) -> None:
+        """Call after every step, with everything of that step done."""
+        if due or self.signal:
+            self.save()
+        if self.signal:
+            print(f"\nstopped; continue with: python {self.script}.py --resume {self.run_dir}", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+
+# What may be given anew when a run is resumed: nothing that has shaped the data or the weights so far.
+MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
+MAY_CHANGE |= {"train_steps", "save_data"}
+
+
+def load_args(run_dir: str) -> Args:
+    """The settings of an earlier run."""
+    path = Path(run_dir) / "args.json"
+    require(path.is_file(), f"--resume {run_dir}: this is no run folder (it has no args.json)")
+    try:
+        return Args(**json.loads(path.read_text()))
+    except (TypeError, ValueError):
+        fail(f"--resume {run_dir}: its args.json is not from this script")
+
+
+def load_checkpoint(args: Args) -> dict[str, Any]:
+    """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
+    assert args.resume is not None
+    saved_args = asdict(load_args(args.resume))
+    for name, value in asdict(args).items():
+        was = saved_args[name]
+        message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
+        require(name in MAY_CHANGE or value == was, message)
+    path = Path(args.resume) / "checkpoint.pt"
+    require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"{path} is not a checkpoint ({type(error).__name__}); start the run anew")
+    require(script == "mbrl_dynamics", f"{path} was written by {script}.py")
+    return checkpoint
+
+
+def new_run_dir(args: Args) -> Path:
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}".replace(":", "-").replace("/", "-")
+    now = int(time.time())
+    while (run_dir := Path(args.log_dir) / f"{name}__{now}").exists():
+        now += 1
+    return run_dir
+
+
+def parse_args(command_line: list[str] | None = None) -> Args:
+    """With --resume, the earlier run's settings are the defaults."""
+    args = tyro.cli(Args, args=command_line)
+    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def collect(args: Args, envs: VectorEnv, buffer: ReplayBuffer, checkpointer: Checkpointer) -> None:
+    """Fill the buffer with random actions."""
+    progress = checkpointer.progress
+    bar = tqdm(total=buffer.capacity, initial=buffer.size, desc="collect", unit="step", disable=args.data is not None)
+    while buffer.size < buffer.capacity:
+        begin = time.perf_counter()
+        obs, episode, action = envs.obs, envs.episode, envs.random_action()
+        next_obs, reward, terminated = envs.step(action)
+        buffer.add(obs=obs, action=action, next_obs=next_obs, reward=reward, terminated=terminated, episode=episode)
+        progress["episodes"] += envs.finished
+        progress["env_s"] += time.perf_counter() - begin
+        bar.update(args.num_envs)
+        checkpointer.step(due=buffer.size % args.checkpoint_every < args.num_envs)
+    bar.close()
+
+
+def fit(args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor], log: Logger, checkpointer: Checkpointer) -> None:  # fmt: skip
+    """Gradient steps up to `train_steps`, with the held-out error along the way."""
+    progress, dtype = checkpointer.progress, getattr(torch, args.train_dtype)
+    pending: list[Tensor] = []
+    durations: list[float] = []
+    bar = tqdm(total=args.train_steps, initial=progress["step"], desc="train", unit="step")
+    while progress["step"] < args.train_steps:
+        begin = time.perf_counter()
+        progress["step"] = step = progress["step"] + 1
+        pending.append(train_step(model, optimizer, *train, args.batch_size, args.input_noise, dtype))
+        evaluate, save = step % args.eval_every == 0 or step == args.train_steps, step % args.checkpoint_every == 0
+        if evaluate or save or checkpointer.signal or len(pending) == 50:  # not at every step: reading makes a GPU wait
+            losses = torch.stack(pending).cpu()  # (steps, E)
+            check_finite(losses, model, step, checkpointer.run_dir)
+            for at, loss in enumerate(losses.mean(dim=1).tolist(), step - len(pending) + 1):
+                log.scalars({"model/train_loss": loss}, at)
+            pending.clear()
+        durations.append(time.perf_counter() - begin)
+        progress["train_s"] += durations[-1]
+        bar.update()
+        if evaluate:
+            metrics = one_step_metrics(model, *test)
+            metrics["charts/SPS"] = 1 / float(np.mean(durations[10:] or durations))  # the first ten warm up
+            log.scalars(metrics, step)
+            bar.set_postfix(loss=f"{loss:.4f}", holdout=f"{metrics['model/holdout_mse']:.4f}")
+        checkpointer.step(due=save)
+    bar.close()
+
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    data = load_data(args.data, args.env_id) if args.data and not checkpoint else None
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    envs = VectorEnv(args.env_id, args.num_envs, args.seed)
+    obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
+    known = has_known_reward(envs.envs[0])
+    require(known or args.reward != "known", f"--reward known: {args.env_id} has no batch_reward and batch_terminated")
+    if data:
+        widths, expected = (data["obs"].shape[1], data["action"].shape[1]), (obs_dim, action_dim)
+        require(widths == expected, f"--data {args.data}: observations and actions are {widths} wide, not {expected}")
+    capacity = len(data["obs"]) if data else -(-args.initial_steps // args.num_envs) * args.num_envs
+    buffer = ReplayBuffer(checkpoint["buffer"]["capacity"] if checkpoint else capacity, obs_dim, action_dim, device)
+    if data:
+        buffer.add(**data)
+    config = {"obs_dim": obs_dim, "action_dim": action_dim, "skip": POSITIONS.get(args.env_id, 0)}
+    config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
+    config |= {"activation": args.activation, "probabilistic": args.probabilistic}
+    config |= {"learn_reward": args.reward == "learned" or not known}
+    model = make_model(config).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    progress: dict[str, Any] = {"step": 0, "episodes": [], "seconds": 0.0, "env_s": 0.0, "train_s": 0.0}
+    parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs}
+    with Checkpointer("mbrl_dynamics", run_dir, progress, parts) as checkpointer:
+        if checkpoint:
+            checkpointer.restore(checkpoint)
+        log = Logger(run_dir, args, progress["step"] if checkpoint else None)
+        print(f"{run_dir}: reward and termination {'learned' if config['learn_reward'] else 'known'}, device {device}")
+        collect(args, envs, buffer, checkpointer)
+        if args.save_data:
+            save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.state_dict()})
+
+        # Train on whole episodes, measure on others.
+        train_rows, test_rows = split_episodes(buffer.episode, args.holdout_ratio, args.seed)
+        train = model.regression_data(buffer, train_rows, fit=progress["step"] == 0)
+        test = model.regression_data(buffer, test_rows)
+        if progress["episodes"]:
+            mean_return, mean_length = np.mean(progress["episodes"], axis=0).tolist()
+            log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, 0)
+        fit(args, model, optimizer, train, test, log, checkpointer)
+
+        # Say what the model is worth.
+        scale = Normaliser(obs_dim).to(device)
+        scale.fit(buffer.obs[train_rows])
+        metrics = one_step_metrics(model, *test) | open_loop_metrics(model, buffer, test_rows, scale.std)
+        metrics |= {"time/env_s": progress["env_s"], "time/train_s": progress["train_s"]}
+        log.scalars(metrics, progress["step"])
+        log.picture("pictures/loss_curve", draw_loss_curve(log.history), progress["step"])
+        log.picture("pictures/predictions", draw_predictions(model, buffer, test_rows, scale.std), progress["step"])
+        save_file(run_dir / "model.pt", {"config": config, "model": model.state_dict()})
+        checkpointer.save()
+    metrics["minutes"] = progress["seconds"] / 60
+    log.close(metrics)
+    print(summary(metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,516 @@
+"""The catalogue of studies: which commands make each figure and table of the README, and a launcher for them.
+
+    python plots/studies.py list                      what there is, what it costs, how much of it is finished
+    python plots/studies.py show q1                   the commands, one per line, to paste
+    python plots/studies.py run q1 --workers 2        run what is missing, two processes at a time
+    python plots/figures.py q1                        the figure and the table from the finished runs
+
+A study is data: a new experiment is a new `Study(...)` in STUDIES below, never new code. Every run is one ordinary
+command with `--exp-name {study}-{run} --seed {seed} --num-threads 1` added; its run folder, which the script writes, is
+`{log_dir}/{env_id}__{exp_name}__{seed}__{unix time}/`. The launcher reads two things from it: `result.json` (there: the
+run is finished and is skipped) and `checkpoint.pt` (there without a result: the run broke off and is resumed). It adds
+`study.json`, which says from which command and commit the run came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]  # the scripts are run from here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a study is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting: a command that is repeated with several seeds."""
+
+    name: str
+    command: str
+    """What a reader can paste; without --seed and --exp-name, which `full_command` adds."""
+    minutes: float
+    """Rough cost of one seed on one core."""
+    label: str
+    """The setting in the figure's legend and in the table's first column."""
+    exp_name: str = ""
+    """Empty: `{study}-{run}`. To share a run with another study, name the other's, with the same command."""
+    reported: str = ""
+    """What others reported for this setting, as it stands in the table."""
+    target: str = ""
+    """What this repository wants to reach, as it stands in the table."""
+    picture: str = ""
+    """Image tag in TensorBoard that becomes plots/{study}-{run}.png (first seed)."""
+    extra_flags: str = "--num-threads 1"
+    """Added to every command. Empty for tabular_mbrl.py, which is numpy only and has no such flag."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A value from elsewhere, drawn as a dashed line."""
+
+    label: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of error bars. Each point is (x, run name, tag): the tag's last value, mean ± std over the run's seeds."""
+
+    label: str
+    points: tuple[tuple[float, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: the curve of `tag` over its steps for each run, or, where `series` is given, error bars."""
+
+    tag: str
+    y_label: str
+    x_label: str = "environment steps"
+    title: str = ""
+    runs: tuple[str, ...] = ()
+    """Names of the runs in this panel. Empty: all of the study."""
+    log_x: bool = False
+    log_y: bool = False
+    reported: tuple[Reported, ...] = ()
+    series: tuple[Series, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of the table: a tag made one number per seed."""
+
+    heading: str
+    tag: str
+    take: Literal["last", "max", "mean", "steps", "first_below", "first_above"] = "last"
+    """The last, largest or mean value, the last step, or the first step with a value below (above) `threshold`."""
+    threshold: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs, and what figures.py makes of them: one figure (its panels side by side) and one table."""
+
+    name: str
+    title: str
+    shows: str
+    """What the study shows, in a sentence or two."""
+    runs: tuple[Run, ...]
+    panels: tuple[Panel, ...]
+    columns: tuple[Column, ...]
+    seeds: int = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The catalogue
+# ---------------------------------------------------------------------------------------------------------------------
+
+Q1 = (
+    "python mbrl_dynamics.py --env-id envs:PostureCheetah-v0 --num-envs 1 --initial-steps 20_000 --batch-size 512"
+    " --learning-rate 1e-3 --input-noise 0.01 --ensemble-size 3 --activation tanh"
+)
+Q1_HORIZONS = (1, 5, 15, 50)
+
+STUDIES: tuple[Study, ...] = (
+    Study(
+        name="q1",
+        title="Dynamics model of PostureCheetah-v0 from 20,000 random transitions",
+        shows="How fast a small network learns to predict one step, and what 500 gradient steps instead of 5 do for the"
+        " open-loop prediction of a larger one.",
+        runs=(
+            Run(
+                name="1x32-500",
+                command=f"{Q1} --num-layers 1 --hidden-size 32 --train-steps 500",
+                minutes=0.3,
+                label="1 × 32, 500 steps",
+                reported="loss < 0.2 by step 500",
+                target="loss < 0.2 before step 250",
+                picture="pictures/predictions",
+            ),
+            Run(
+                name="2x250-5",
+                command=f"{Q1} --num-layers 2 --hidden-size 250 --train-steps 5",
+                minutes=0.3,
+                label="2 × 250, 5 steps",
+                picture="pictures/predictions",
+            ),
+            Run(
+                name="2x250-500",
+                command=f"{Q1} --num-layers 2 --hidden-size 250 --train-steps 500",
+                minutes=0.3,
+                label="2 × 250, 500 steps",
+                reported="best of the three",
+                target="best of the three",
+                picture="pictures/predictions",
+            ),
+        ),
+        panels=(
+            Panel(
+                tag="model/train_loss",
+                title="Training",
+                x_label="gradient step",
+                y_label="training loss (normalised MSE)",
+                log_y=True,
+                reported=(Reported("0.2 by step 500", 0.2, "course handout"),),
+            ),
+            Panel(
+                tag="model/open_loop_mse",
+                title="Prediction",
+                x_label="steps predicted ahead",
+                y_label="open-loop MSE (variances)",
+                log_x=True,
+                log_y=True,
+                series=(
+                    *(
+                        Series(label, tuple((h, run, f"model/open_loop_mse_{h}") for h in Q1_HORIZONS))
+                        for run, label in (
+                            ("1x32-500", "1 × 32, 500 steps"),
+                            ("2x250-5", "2 × 250, 5 steps"),
+                            ("2x250-500", "2 × 250, 500 steps"),
+                        )
+                    ),
+                    Series(
+                        "nothing changes", tuple((h, "2x250-500", f"model/open_loop_baseline_{h}") for h in Q1_HORIZONS)
+                    ),
+                ),
+            ),
+        ),
+        columns=(
+            Column("first step with loss < 0.2", "model/train_loss", "first_below", 0.2),
+            Column("final train loss", "model/train_loss"),
+            Column("holdout MSE", "model/holdout_mse"),
+            Column("open-loop MSE after 5", "model/open_loop_mse_5"),
+            Column("after 15", "model/open_loop_mse_15"),
+            Column("after 50", "model/open_loop_mse_50"),
+            Column("nothing changes, after 15", "model/open_loop_baseline_15"),
+        ),
+    ),
+)
+
+
+def fail(message: str) -> NoReturn:
+    """End with one clear line and exit code 2: the input was wrong and no work was started."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a wrong command line with one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message}")
+
+
+def find_study(name: str) -> Study:
+    """The study of that name; an unknown one ends the program and names those there are."""
+    for study in STUDIES:
+        if study.name == name:
+            return study
+    fail(f"unknown study {name!r}; the studies are: {', '.join(study.name for study in STUDIES)}")
+
+
+def experiment(study: Study, run: Run) -> str:
+    """The --exp-name of a run."""
+    return run.exp_name or f"{study.name}-{run.name}"
+
+
+def full_command(study: Study, run: Run, seed: int) -> str:
+    """The command of one seed, ready to paste."""
+    return f"{run.command} --exp-name {experiment(study, run)} --seed {seed} {run.extra_flags}".strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_folders(exp_name: str, log_dir: Path) -> dict[int, list[Path]]:
+    """All run folders of an experiment by seed, oldest first."""
+    found: dict[int, list[Path]] = {}
+    for folder in log_dir.glob(f"*__{exp_name}__*__*"):
+        _, name, seed, _ = folder.name.rsplit("__", 3)
+        if name == exp_name and seed.isdigit():
+            found.setdefault(int(seed), []).append(folder)
+    for folders in found.values():
+        folders.sort(key=lambda folder: folder.name.rsplit("__", 1)[1])  # the unix time ends the name
+    return found
+
+
+def newest_with(file: str, folders: list[Path]) -> Path | None:
+    """The newest folder that holds the file."""
+    return next((folder for folder in reversed(folders) if (folder / file).exists()), None)
+
+
+def finished_runs(exp_name: str, log_dir: Path) -> dict[int, Path]:
+    """The newest finished run folder of each seed, seeds in ascending order."""
+    newest = {seed: newest_with("result.json", folders) for seed, folders in run_folders(exp_name, log_dir).items()}
+    return {seed: folder for seed, folder in sorted(newest.items()) if folder is not None}
+
+
+def read_note(folder: Path) -> dict[str, str | int]:
+    """The folder's study.json; empty for a run that was started by hand."""
+    path = folder / "study.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def current_commit() -> str:
+    """The short hash of HEAD, with "-dirty" when a tracked Python file differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy of the files without the repository
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launcher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One run and seed on its way through the launcher."""
+
+    study: Study
+    run: Run
+    seed: int
+    log_dir: Path
+    process: subprocess.Popen[bytes] | None = None
+    folder: Path | None = None
+    older: list[Path] = field(default_factory=list)
+    """Folders of earlier, broken attempts: not the one that this process writes."""
+    commit: str = ""
+
+    @property
+    def exp_name(self) -> str:
+        return experiment(self.study, self.run)
+
+    @property
+    def title(self) -> str:
+        return f"{self.exp_name} seed {self.seed}"
+
+    @property
+    def log_file(self) -> Path:
+        return self.log_dir / f"{self.exp_name}__{self.seed}.log"
+
+    @property
+    def command(self) -> str:
+        return full_command(self.study, self.run, self.seed)
+
+    def folders(self) -> list[Path]:
+        return run_folders(self.exp_name, self.log_dir).get(self.seed, [])
+
+    def start(self) -> bool:
+        """Start the script, or resume it where an earlier attempt left a checkpoint. False: it runs already."""
+        import fcntl  # here, so that `list` and `show` also work where there is none
+
+        self.older, self.commit = self.folders(), current_commit()
+        self.folder = newest_with("checkpoint.pt", self.older)
+        arguments = shlex.split(self.command)
+        if self.folder:
+            arguments = [*arguments[:2], "--resume", str(self.folder)]  # its settings are in its args.json
+        elif self.log_dir != ROOT / "runs":  # the scripts' own default
+            arguments += ["--log-dir", str(self.log_dir)]
+        printed = shlex.join(arguments)
+        if arguments[0] == "python":
+            arguments[0] = sys.executable
+        with self.log_file.open("ab") as log:
+            try:
+                # The child inherits this lock with its output, so it holds as long as the child lives, even when the
+                # launcher is killed: two launchers never write into one run folder.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            log.write(f"$ {printed}\n".encode())
+            log.flush()
+            # A session of its own: Ctrl-C in the terminal reaches the launcher only, which passes it on exactly once.
+            self.process = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if self.folder:
+            self.write_note()
+        return True
+
+    def watch_folder(self) -> None:
+        """Write study.json as soon as the new run folder is there: not at the end, for a run may be killed before."""
+        if self.folder is None:
+            new = [folder for folder in self.folders() if folder not in self.older]
+            if new:
+                self.folder = new[-1]
+                self.write_note()
+
+    def write_note(self) -> None:
+        """Leave {study, run, seed, command, commit} in the run folder; a resumed run names every commit it saw."""
+        assert self.folder is not None
+        commits = str(read_note(self.folder).get("commit", self.commit)).split("+")
+        if commits[-1] != self.commit:
+            commits.append(self.commit)
+        note = {"study": self.study.name, "run": self.run.name, "seed": self.seed}
+        note |= {"command": self.command, "commit": "+".join(commits)}
+        (self.folder / "study.json").write_text(json.dumps(note, indent=2) + "\n")
+
+    def last_line(self) -> str:
+        """The last line that the script wrote, which for a Python error is the error."""
+        lines = [line.strip() for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:300]
+
+
+def report(message: str) -> None:
+    """One progress line, visible at once also when the output goes into a file."""
+    print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def jobs_to_run(studies: list[Study], seeds: int | None, log_dir: Path) -> list[Job]:
+    """What is not finished yet: seed 1 of everything first, so that there is something to look at early."""
+    jobs: dict[tuple[str, int], Job] = {}  # a run shared by two studies is one job
+    for seed in range(1, max(seeds or study.seeds for study in studies) + 1):
+        for study in studies:
+            if seed > (seeds or study.seeds):
+                continue
+            for run in study.runs:
+                job = Job(study, run, seed, log_dir)
+                done = newest_with("result.json", job.folders())
+                if done is None:
+                    jobs.setdefault((job.exp_name, seed), job)
+                    continue
+                report(f"skipped  {job.title}: finished ({done.name})")
+                if read_note(done).get("command", job.command) != job.command:
+                    report(f"         but by another command than the catalogue's: remove {done} to run it again")
+    return list(jobs.values())
+
+
+def run_jobs(jobs: list[Job], workers: int) -> int:
+    """Run the jobs, `workers` at a time. Returns the exit code: 1 when a run failed, 128 + n after signal n."""
+    waiting, active, failures = list(jobs), list[Job](), 0
+    received: list[int] = []  # signals; the handler only notes them, so that nothing below is cut in half
+    passed_on = 0
+    catch = (signal.SIGINT, signal.SIGTERM)
+    handlers = {signum: signal.signal(signum, lambda number, _: received.append(number)) for signum in catch}
+    try:
+        while active or (waiting and not received):
+            while waiting and not received and len(active) < workers:
+                job = waiting.pop(0)
+                if job.start():
+                    active.append(job)
+                    how = f"resumed  {job.title} from {job.folder.name}" if job.folder else f"started  {job.title}"
+                    report(f"{how} (output in {job.log_file}; {len(waiting)} waiting)")
+                else:
+                    report(f"skipped  {job.title}: another launcher is running it")
+            time.sleep(0.1)
+            for signum in received[passed_on:]:  # the scripts write a checkpoint and leave; that is waited for
+                passed_on += 1
+                report(f"passing signal {signum} on to {len(active)} processes, waiting for their checkpoints")
+                for job in active:
+                    assert job.process is not None
+                    job.process.send_signal(signum)
+            for job in list(active):
+                assert job.process is not None
+                code = job.process.poll()  # before looking for the folder: a finished script has written everything
+                job.watch_folder()
+                if code is None:
+                    continue
+                active.remove(job)
+                if job.folder and (job.folder / "result.json").exists():
+                    minutes = json.loads((job.folder / "result.json").read_text())["minutes"]
+                    report(f"finished {job.title} in {minutes:.1f} minutes")
+                elif received:
+                    report(f"stopped  {job.title}: the same command goes on from its last checkpoint, if it has one")
+                else:
+                    failures += 1
+                    why = f"exit code {code}" if code else "exit code 0, but it wrote no result.json"
+                    report(f"failed   {job.title}: {why}: {job.last_line()} (all of it in {job.log_file})")
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    if failures:
+        report(f"{failures} of {len(jobs)} runs failed")
+    return 128 + received[0] if received else int(failures > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_studies(log_dir: Path) -> None:
+    """Print the catalogue with what it costs (one core) and how many runs × seeds are finished and started."""
+    print(f"{'name':<14} {'runs':>4} {'seeds':>5} {'minutes':>7} {'finished':>8} {'started':>7}  title")
+    for study in STUDIES:
+        minutes = study.seeds * sum(run.minutes for run in study.runs)
+        finished = started = 0
+        for run in study.runs:
+            done = finished_runs(experiment(study, run), log_dir)
+            finished += len(done)
+            started += len(run_folders(experiment(study, run), log_dir).keys() - done.keys())
+        share = f"{finished}/{len(study.runs) * study.seeds}"
+        numbers = f"{len(study.runs):>4} {study.seeds:>5} {minutes:>7g} {share:>8} {started:>7}"
+        print(f"{study.name:<14} {numbers}  {study.title}")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line; return the exit code."""
+    parser = Parser(prog="studies.py", description="The studies of this repository and a launcher for them.")
+    commands = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
+    lists = commands.add_parser("list", help="what there is, what it costs, how much of it is finished")
+    shows = commands.add_parser("show", help="the commands of studies, to paste")
+    runs = commands.add_parser("run", help="run what is not finished")
+    for sub in (shows, runs):
+        sub.add_argument("names", nargs="+", metavar="NAME")
+        sub.add_argument("--seeds", type=positive, help="seeds 1 to this (default: the study's own number)")
+    for sub in (lists, runs):
+        sub.add_argument("--log-dir", type=Path, default=ROOT / "runs", help="where the run folders are")
+    runs.add_argument("--workers", type=positive, default=2, help="processes at a time, one thread each")
+    args = parser.parse_args(argv)
+
+    if args.action == "list":
+        list_studies(args.log_dir.resolve())
+        return 0
+    studies = [find_study(name) for name in args.names]
+    if args.action == "show":
+        for study in studies:
+            print(f"# {study.name}: {study.shows}")
+            for run in study.runs:
+                for seed in range(1, (args.seeds or study.seeds) + 1):
+                    print(full_command(study, run, seed))
+        return 0
+    log_dir = args.log_dir.resolve()
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir {args.log_dir}: {error.strerror}")
+    return run_jobs(jobs_to_run(studies, args.seeds, log_dir), args.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,603 @@
+"""mbrl_dynamics.py: its blocks against slow references, its runs against interruption, its errors against bad input."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mbrl_dynamics as md
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def tiny(tmp_path: Path, **changes: object) -> md.Args:
+    small = dict(num_envs=2, initial_steps=600, train_steps=30, eval_every=10, ensemble_size=2, num_layers=1)
+    small |= dict(hidden_size=8, batch_size=32, num_threads=1, cuda=False, log_dir=str(tmp_path / "runs"))
+    return md.Args(**({"env_id": "Pendulum-v1"} | small | changes))
+
+
+def run(args: md.Args) -> tuple[dict[str, float], Path]:
+    result = md.main(args)
+    return result, Path(args.resume) if args.resume else sorted(Path(args.log_dir).iterdir())[-1]
+
+
+def logged(run_dir: Path) -> list[tuple[str, ...]]:
+    """metrics.csv without the tags that depend on the clock."""
+    rows = [tuple(row) for row in csv.reader((run_dir / "metrics.csv").open())]
+    return sorted(row for row in rows if not row[1].startswith(("time/", "charts/SPS")))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "model.pt", weights_only=True)["model"]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def one_line_error(capfd: pytest.CaptureFixture[str], work) -> str:
+    """What `work` prints before it exits with code 2, which must be one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        work()
+    assert exit.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+class Counter(gym.Env):
+    """Observes [step, draw of this episode]; ends after `length` steps, by termination or else by truncation."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))  # shared by all instances: drawing from it must not couple them
+
+    def __init__(self, length: int = 5, terminates: bool = True):
+        self.length, self.terminates = length, terminates
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.draw = 0, self.np_random.uniform()
+        return np.array([0, self.draw], np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        self.draw += float(action[0]) * self.np_random.uniform()
+        over = self.count == self.length
+        obs = np.array([self.count, self.draw], np.float32)
+        return obs, float(self.count), over and self.terminates, over and not self.terminates, {}
+
+
+gym.register("Counter-v0", Counter)
+gym.register("CounterTruncates-v0", Counter, kwargs={"terminates": False})
+
+
+@pytest.mark.parametrize("env_id, terminates", [("Counter-v0", True), ("CounterTruncates-v0", False)])
+def test_a_finished_episode_keeps_its_true_last_observation(env_id, terminates):
+    envs = md.VectorEnv(env_id, 2, seed=0)
+    for step in range(1, 6):
+        episode = envs.episode
+        next_obs, reward, terminated = envs.step(envs.random_action())
+        assert (next_obs[:, 0] == step).all() and (reward == step).all()
+        assert (terminated == (terminates and step == 5)).all()
+    assert (envs.obs[:, 0] == 0).all(), "the next thing to act on is the new episode"
+    assert envs.finished == [(15.0, 5), (15.0, 5)]
+    assert set(episode) == {0, 1} and set(envs.episode) == {2, 3}
+
+
+@pytest.mark.parametrize("env_id", ["Counter-v0", "Pendulum-v1", "HalfCheetah-v5", "envs:Obstacles-v0"])
+@pytest.mark.parametrize("steps", [0, 23])
+def test_environments_resume_exactly(env_id, steps):
+    envs = md.VectorEnv(env_id, 2, seed=3)
+    for _ in range(steps):
+        envs.step(envs.random_action())
+    saved = envs.state_dict()
+    copy = md.VectorEnv(env_id, 2, seed=99)
+    copy.load_state_dict(saved)
+    assert np.array_equal(copy.obs, envs.obs) and np.array_equal(copy.episode, envs.episode)
+    for _ in range(130):  # past the end of an episode for the short ones
+        action = envs.random_action()
+        assert np.array_equal(copy.random_action(), action)
+        for one, two in zip(envs.step(action), copy.step(action), strict=True):
+            assert np.array_equal(one, two)
+        assert np.array_equal(copy.obs, envs.obs) and copy.finished == envs.finished
+
+
+def test_locomotion_tasks_keep_x():
+    env, plain = md.make_env("HalfCheetah-v5"), gym.make("HalfCheetah-v5")
+    obs, _ = env.reset(seed=0)
+    assert np.array_equal(obs[md.POSITIONS["HalfCheetah-v5"] :], plain.reset(seed=0)[0])
+    for env_id, positions in md.POSITIONS.items():
+        assert md.make_env(env_id).observation_space.shape[0] == gym.make(env_id).observation_space.shape[0] + positions
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_normaliser_round_trip_and_constant_dimensions():
+    x = torch.randn(1000, 4) * torch.tensor([1.0, 100.0, 1e-4, 0.0]) + torch.tensor([5.0, -1e4, 0.0, 0.1])
+    normaliser = md.Normaliser(4)
+    normaliser.fit(x)
+    y = normaliser(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(y.std(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normaliser.inverse(y), x)
+    assert normaliser.std[3] == 1, "dividing by the rounding error of a constant would blow it up"
+
+
+def test_buffer_overwrites_the_oldest():
+    buffer = md.ReplayBuffer(5, 1, 1, CPU)
+    for start in (0, 3):
+        numbers = np.arange(start, start + 3)
+        vectors = numbers[:, None].astype(np.float32)
+        buffer.add(obs=vectors, action=vectors, next_obs=vectors, reward=numbers, terminated=numbers, episode=numbers)
+    assert buffer.size == 5 and buffer.reward.tolist() == [5, 1, 2, 3, 4]
+    copy = md.ReplayBuffer(5, 1, 1, CPU)
+    copy.load_state_dict(buffer.state_dict())
+    assert copy.position == 1 and copy.size == 5 and torch.equal(copy.reward, buffer.reward)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.5, 0.99])
+def test_whole_episodes_are_held_out(ratio):
+    episode = torch.arange(12).repeat(10)  # twelve interleaved episodes of ten steps
+    train, test = md.split_episodes(episode, ratio, seed=0)
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(120))
+    assert not set(episode[train].tolist()) & set(episode[test].tolist())
+    assert len(test) == min(max(round(ratio * 12 + 0.49), 1), 11) * 10
+    for rows in (train, test):  # in order of episode, and of time within one
+        assert rows.tolist() == sorted(rows.tolist(), key=lambda row: (episode[row], row))
+
+
+def test_a_single_episode_is_split_in_time():
+    train, test = md.split_episodes(torch.zeros(10, dtype=torch.int64), 0.2, seed=0)
+    assert train.tolist() == list(range(8)) and test.tolist() == [8, 9]
+
+
+def numbered_buffer(episode: list[int]) -> md.ReplayBuffer:
+    buffer = md.ReplayBuffer(len(episode), 1, 1, CPU)
+    numbers = torch.arange(len(episode), dtype=torch.float32)
+    columns = dict(obs=numbers[:, None], action=numbers[:, None], next_obs=numbers[:, None] + 1)
+    buffer.add(**columns, reward=numbers, terminated=numbers * 0, episode=torch.tensor(episode))
+    return buffer
+
+
+def test_windows_stay_within_an_episode():
+    episode = [0] * 4 + [1] * 2 + [2] * 5
+    buffer = numbered_buffer(episode)
+    obs, action, next_obs = md.windows(buffer, torch.arange(11), 3)
+    assert obs[:, 0].tolist() == [0, 1, 6, 7, 8]
+    assert torch.equal(action[..., 0], obs + torch.arange(3)) and torch.equal(next_obs, action + 1)
+    assert len(md.windows(buffer, torch.arange(11), 6)[0]) == 0
+    assert md.windows(buffer, torch.arange(11), 1, most=3)[0][:, 0].tolist() == [0, 5, 10]
+
+
+def test_normalisers_see_the_training_split_only(tmp_path):
+    """A held-out episode of huge numbers must leave no trace in the statistics."""
+    numbers = torch.randn(300, 2)
+    episode = torch.arange(300) // 30
+    _, test = md.split_episodes(episode, 0.1, seed=1)
+    numbers[test] = 1e6
+    columns = dict(obs=numbers, action=numbers[:, :1], next_obs=numbers + 1, reward=numbers[:, 0])
+    data = {"env_id": "Counter-v0", **columns, "terminated": torch.zeros(300), "episode": episode}
+    torch.save(data, tmp_path / "data.pt")
+    _, run_dir = run(tiny(tmp_path, env_id="Counter-v0", data=str(tmp_path / "data.pt"), seed=1))
+    assert weights(run_dir)["input_normaliser.mean"].abs().max() < 1
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+SHAPE = dict(obs_dim=3, action_dim=2, ensemble_size=4, num_layers=2, hidden_size=16, activation="tanh")
+
+
+def batch(outputs: int, generator_seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(generator_seed)
+    return torch.randn(4, 7, 5, generator=generator), torch.rand(4, 7, outputs, generator=generator).round(decimals=1)
+
+
+def test_batched_product_equals_a_loop_over_members():
+    mlp = md.StackedMLP(4, [5, 16, 16, 3], "tanh")
+    x, _ = batch(3)
+    for member, output in enumerate(mlp(x)):
+        slow = x[member]
+        for layer in range(3):
+            slow = F.linear(slow, mlp.weights[layer][member].T, mlp.biases[layer][member, 0])
+            slow = torch.tanh(slow) if layer < 2 else slow
+        torch.testing.assert_close(output, slow)
+
+
+@pytest.mark.parametrize("activation, function", [("tanh", torch.tanh), ("relu", F.relu), ("silu", F.silu)])
+def test_activations(activation, function):
+    mlp = md.StackedMLP(1, [1, 1, 1], activation)
+    for parameter in mlp.parameters():
+        torch.nn.init.ones_(parameter)
+    torch.testing.assert_close(mlp(torch.tensor([[[-2.5]]])), function(torch.tensor([[[-1.5]]])) + 1)
+
+
+@pytest.mark.parametrize("learn_reward", [False, True])
+@pytest.mark.parametrize("kind", [md.Ensemble, md.GaussianEnsemble])
+def test_batched_loss_equals_a_loop_over_samples(kind, learn_reward):
+    model = kind(**SHAPE, learn_reward=learn_reward, skip=0)
+    x, y = batch(5 if learn_reward else 3)
+    if learn_reward:
+        y[..., -1] = y[..., -1].round()
+    targets = 3 + learn_reward
+    for member, loss in enumerate(model.loss(x, y)):
+        slow = 0.0
+        for sample in range(7):
+            output = model.mlp(x)[member, sample]
+            for dim in range(targets):
+                mean, target = output[dim], y[member, sample, dim]
+                if kind is md.Ensemble:
+                    slow += (mean - target) ** 2 / (7 * targets)
+                else:  # twice torch's, up to a constant
+                    variance = model.logvar(output)[dim].exp()
+                    log_prob = torch.distributions.Normal(mean, variance.sqrt()).log_prob(target)
+                    slow += (-2 * log_prob - np.log(2 * np.pi)) / (7 * targets)
+            if learn_reward:
+                slow += F.binary_cross_entropy(output[-1].sigmoid(), y[member, sample, -1]) / 7
+        if kind is md.GaussianEnsemble:
+            slow += 0.01 * (model.max_logvar.sum() - model.min_logvar.sum()) / 4
+        torch.testing.assert_close(loss, slow)
+
+
+def test_log_variance_stays_within_its_soft_bounds():
+    model = md.GaussianEnsemble(**SHAPE, learn_reward=False, skip=0)
+    logvar = model.logvar(torch.linspace(-1e3, 1e3, 6 * 101).reshape(101, 6))
+    assert logvar.min() >= -10 - 1e-4 and logvar.max() <= 0.5 + 1e-4
+    assert logvar.max() - logvar.min() > 10
+
+
+@pytest.mark.parametrize("kind", [md.Ensemble, md.GaussianEnsemble])
+def test_prediction_is_equation_1(kind):
+    """s' = s + Unnormalise(f(Normalise(s, a))), with the position predicted but not seen."""
+    model = kind(**SHAPE, learn_reward=True, skip=1)
+    for normaliser in (model.input_normaliser, model.target_normaliser):
+        normaliser.fit(torch.randn(100, normaliser.mean.shape[0]) * 3 + 1)
+    obs, action = torch.randn(4, 7, 3), torch.randn(4, 7, 2)
+    next_obs, reward, terminated = model.predict(obs, action)
+    x = (torch.cat([obs[..., 1:], action], -1) - model.input_normaliser.mean) / model.input_normaliser.std
+    output = model.mlp(x)
+    change = output[..., :4] * model.target_normaliser.std + model.target_normaliser.mean
+    torch.testing.assert_close(next_obs, obs + change[..., :3])
+    torch.testing.assert_close(reward, change[..., 3])
+    torch.testing.assert_close(terminated, output[..., -1].sigmoid())
+    moved = obs.clone()
+    moved[..., 0] += 10
+    torch.testing.assert_close(model.predict(moved, action)[0] - next_obs, moved - obs, atol=1e-5, rtol=0)
+
+
+def linear_data(count: int = 4000, steps: int = 20) -> tuple[md.ReplayBuffer, torch.Tensor]:
+    """s' = As + Ba in episodes of `steps`; reward s_0 - a_0; terminated where s'_1 > 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.tensor([[0.9, 0.2, 0.0], [-0.2, 0.9, 0.1], [0.0, 0.0, 0.8]])
+    B = torch.randn(3, 2, generator=generator) * 0.3
+    buffer, state = md.ReplayBuffer(count, 3, 2, CPU), torch.randn(count // steps, 3, generator=generator)
+    for _ in range(steps):
+        action = torch.rand(count // steps, 2, generator=generator) * 2 - 1
+        next_state = state @ A.T + action @ B.T
+        columns = dict(obs=state, action=action, next_obs=next_state, reward=state[:, 0] - action[:, 0])
+        buffer.add(**columns, terminated=next_state[:, 1] > 0.5, episode=torch.arange(count // steps))
+        state = next_state
+    return buffer, torch.cat([A, B], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [md.Ensemble, md.GaussianEnsemble])
+def test_ensemble_recovers_a_linear_system(kind, dtype):
+    torch.manual_seed(0)
+    buffer, _ = linear_data()
+    train_rows, test_rows = md.split_episodes(buffer.episode, 0.2, seed=0)
+    model = kind(**SHAPE | {"ensemble_size": 2, "hidden_size": 32}, learn_reward=True, skip=0)
+    x, y = model.regression_data(buffer, train_rows, fit=True)
+    test = model.regression_data(buffer, test_rows)
+    scale = buffer.obs.std(0)
+    before = md.one_step_metrics(model, *test)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(400):
+        md.train_step(model, optimizer, x, y, 128, 0.0, dtype)
+    after = md.one_step_metrics(model, *test) | md.open_loop_metrics(model, buffer, test_rows, scale)
+    assert before["model/holdout_mse"] > 0.9 and before["model/r2"] < 0.5
+    assert after["model/holdout_mse"] < 0.02 and after["model/r2"] > 0.98 and after["model/reward_mse"] < 0.02
+    assert after["model/termination_accuracy"] > 0.97 > before["model/termination_accuracy"]
+    assert after["model/open_loop_mse_15"] < 0.05 < 0.5 < after["model/open_loop_baseline_15"]
+    assert "model/open_loop_mse_50" not in after, "no episode is that long"
+
+
+def test_members_learn_from_their_own_batches_only():
+    """A member's step is the same whether or not another member is there: nothing leaks between them."""
+    buffer, _ = linear_data(400)
+    models = [md.Ensemble(**SHAPE, learn_reward=False, skip=0) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        models[1].mlp.weights[0][1:] += 1.0
+    x, y = models[0].regression_data(buffer, torch.arange(400))
+    for model in models:
+        torch.manual_seed(5)
+        losses = md.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, y, 16, 0.01, torch.float32)
+        assert losses.unique().numel() == 4
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(models[0].parameters(), models[1].parameters()))
+
+
+def test_input_noise_is_added_to_the_inputs_only():
+    buffer, _ = linear_data(400)
+    model = md.Ensemble(**SHAPE, learn_reward=False, skip=0)
+    seen = []
+    model.loss = lambda x, y: seen.append((x, y)) or sum(p.sum() for p in model.parameters()) * torch.ones(4)
+    x, y = model.regression_data(buffer, torch.arange(400))
+    for noise in (0.0, 0.1):
+        torch.manual_seed(1)
+        md.train_step(model, torch.optim.SGD(model.parameters(), 0.0), x, y, 100, noise, torch.float32)
+    (x0, y0), (x1, y1) = seen
+    assert torch.equal(y0, y1) and abs((x1 - x0).std().item() - 0.1) < 0.01
+    assert not torch.equal(x0[0], x0[1]), "each member has its own batch"
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("probabilistic", [False, True])
+def test_a_run_learns_and_leaves_everything_behind(tmp_path, probabilistic, capsys):
+    args = tiny(tmp_path, probabilistic=probabilistic, reward="learned", train_steps=200, learning_rate=1e-2)
+    result, run_dir = run(args)
+    rows = [
+        (int(step), tag, float(value)) for step, tag, value in list(csv.reader((run_dir / "metrics.csv").open()))[1:]
+    ]
+    losses = [value for _, tag, value in rows if tag == "model/train_loss"]
+    assert len(losses) == 200 and np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    documented = {
+        line.split()[0] for line in (md.__doc__ or "").splitlines() if line.strip().startswith(("model/", "ch"))
+    }
+    found = {tag for _, tag, _ in rows}
+    for tag in documented:
+        stem = tag.split("{")[0]
+        assert any(name == tag or (stem != tag and name.startswith(stem)) for name in found), tag
+    assert json.loads((run_dir / "result.json").read_text()) == result and result["minutes"] > 0
+    assert md.Args(**json.loads((run_dir / "args.json").read_text())) == args
+    names = {path.name.split(".")[0] for path in run_dir.iterdir()}
+    assert {"loss_curve", "predictions", "checkpoint", "model", "events"} <= names
+    assert "open loop" in capsys.readouterr().out
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
+    runs = [run(tiny(tmp_path / str(i), seed=seed))[1] for i, seed in enumerate([1, 1, 2])]
+    assert same(weights(runs[0]), weights(runs[1])) and logged(runs[0]) == logged(runs[1])
+    assert not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    for _ in range(2):
+        md.main(tiny(tmp_path, train_steps=1))
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def interrupt_at(monkeypatch, function: str, call: int, stop) -> None:
+    original, calls = getattr(md, function), []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            stop()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(md, function, wrapper)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, monkeypatch, number, capsys):
+    _, whole = run(tiny(tmp_path / "whole"))
+    args = tiny(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "train_step", 17, lambda: signal.raise_signal(number))
+        with pytest.raises(SystemExit) as exit:
+            md.main(args)
+    assert exit.value.code == 128 + number and "--resume" in capsys.readouterr().err
+    run_dir = next(Path(args.log_dir).iterdir())
+    assert not (run_dir / "result.json").exists()
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 17
+    md.main(md.parse_args(["--resume", str(run_dir)]))
+    assert same(weights(run_dir), weights(whole)) and logged(run_dir) == logged(whole)
+
+
+@pytest.mark.parametrize(
+    "function, call, saved", [("train_step", 17, ("step", 10)), ("collecting", 137, ("size", 270))]
+)
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, function, call, saved):
+    """An exception stands for the kill: nothing may be saved on the way out."""
+    _, whole = run(tiny(tmp_path / "whole"))
+    args = tiny(tmp_path / "killed", checkpoint_every=10)
+
+    def die():
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        if function == "collecting":
+            step = md.VectorEnv.step
+            counter = iter(range(10**6))
+            patch.setattr(md.VectorEnv, "step", lambda *a: die() if next(counter) == call else step(*a))
+        else:
+            interrupt_at(patch, function, call, die)
+        with pytest.raises(MemoryError):
+            md.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert {"step": checkpoint["progress"]["step"], "size": len(checkpoint["buffer"]["obs"])}[saved[0]] == saved[1]
+    md.main(md.parse_args(["--resume", str(run_dir)]))
+    assert same(weights(run_dir), weights(whole)) and logged(run_dir) == logged(whole)
+
+
+def test_a_process_killed_for_real_resumes_exactly(tmp_path):
+    args = tiny(tmp_path, train_steps=3000, eval_every=500, checkpoint_every=100)
+    flags = ["--env-id", args.env_id, "--log-dir", args.log_dir, "--no-cuda", "--num-threads", "1", "--num-envs", "2"]
+    flags += ["--initial-steps", "600", "--train-steps", "3000", "--eval-every", "500", "--ensemble-size", "2"]
+    flags += ["--num-layers", "1", "--hidden-size", "8", "--batch-size", "32", "--checkpoint-every", "100"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "mbrl_dynamics.py"), *flags], stderr=subprocess.DEVNULL)
+
+    def step_reached() -> int:
+        for path in Path(args.log_dir).glob("*/metrics.csv"):
+            steps = [int(row["step"]) for row in csv.DictReader(path.open()) if row["step"].isdigit()]
+            return max(steps, default=0)
+        return 0
+
+    deadline = time.time() + 60
+    while step_reached() < 250 and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run_dir = next(Path(args.log_dir).iterdir())
+    assert not (run_dir / "result.json").exists()
+    md.main(md.parse_args(["--resume", str(run_dir)]))
+    _, whole = run(dataclasses.replace(args, log_dir=str(tmp_path / "whole")))
+    assert same(weights(run_dir), weights(whole)) and logged(run_dir) == logged(whole)
+
+
+def test_a_finished_run_can_be_trained_further(tmp_path):
+    _, whole = run(tiny(tmp_path / "whole", train_steps=40))
+    _, run_dir = run(tiny(tmp_path / "short", train_steps=30))
+    md.main(md.parse_args(["--resume", str(run_dir), "--train-steps", "40"]))
+    assert same(weights(run_dir), weights(whole))
+
+
+def test_saved_data_trains_the_same_model(tmp_path):
+    file = str(tmp_path / "data.pt")
+    _, collected = run(tiny(tmp_path / "a", save_data=file))
+    _, loaded = run(tiny(tmp_path / "b", data=file))
+    assert same(weights(collected), weights(loaded))
+    data = torch.load(file, weights_only=True)
+    assert data["env_id"] == "Pendulum-v1" and len(data["obs"]) == 600 and len(data["episode"].unique()) == 4
+
+
+def test_the_saved_model_loads_on_its_own_and_predicts_the_same(tmp_path):
+    _, run_dir = run(tiny(tmp_path))
+    script = (
+        f"from mbrl_dynamics import load_model; import torch\nmodel = load_model({str(run_dir / 'model.pt')!r})\n"
+        "obs, action = torch.zeros(model.obs_dim), torch.ones(model.action_dim)\n"
+        "next_obs, reward, terminated = model.predict(*(x.expand(model.ensemble_size, 1, -1) for x in (obs, action)))\n"
+        "print([next_obs.tolist(), reward.tolist(), terminated.tolist()])"
+    )
+    for line in script.splitlines()[2:4]:
+        assert line in (md.__doc__ or ""), "the docstring shows these lines"
+    fresh = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    model = md.load_model(run_dir / "model.pt")
+    predicted = model.predict(torch.zeros(2, 1, 3), torch.ones(2, 1, 1))
+    assert json.loads(fresh.stdout) == [part.tolist() for part in predicted]
+
+
+def test_known_reward_is_used_where_there_is_one(tmp_path):
+    for reward, learned in (("auto", False), ("known", False), ("learned", True)):
+        args = tiny(tmp_path / reward, env_id="envs:Obstacles-v0", reward=reward, train_steps=1)
+        assert torch.load(run(args)[1] / "model.pt", weights_only=True)["config"]["learn_reward"] is learned
+    assert torch.load(run(tiny(tmp_path))[1] / "model.pt", weights_only=True)["config"]["learn_reward"] is True
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def explode():
+        with torch.no_grad():
+            next(iter(models[0].parameters())).fill_(float("nan"))
+
+    models, make = [], md.make_model
+    monkeypatch.setattr(md, "make_model", lambda config: models.append(make(config)) or models[0])
+    interrupt_at(monkeypatch, "train_step", 17, explode)
+    args = tiny(tmp_path, checkpoint_every=10)
+    with pytest.raises(SystemExit) as exit:
+        md.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    message = str(exit.value.code)
+    assert "non-finite model/train_loss" in message and str(run_dir / "checkpoint.pt") in message
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert saved["progress"]["step"] == 10 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"env_id": "NoSuchEnv-v0"}, "NoSuchEnv"),
+        ({"env_id": "no_such_module:Env-v0"}, "no_such_module"),
+        ({"env_id": "CartPole-v1"}, "action space must be a Box"),
+        ({"env_id": "Blackjack-v1"}, "observation space must be a Box"),
+        ({"ensemble_size": 0}, "--ensemble-size must be at least 1"),
+        ({"reward": "known"}, "--reward known: Pendulum-v1"),
+        ({"holdout_ratio": 1.0}, "--holdout-ratio"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"save_data": "/no/such/folder/data.pt"}, "--save-data"),
+        ({"data": "missing.pt"}, "missing.pt"),
+        ({"resume": "missing"}, "--resume missing"),
+        ({"track": True}, "pip install wandb"),
+    ],
+)
+def test_bad_arguments(tmp_path, capfd, monkeypatch, changes, words):
+    if changes.get("track"):
+        find = md.importlib.util.find_spec
+        monkeypatch.setattr(md.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    assert words in one_line_error(capfd, lambda: md.main(tiny(tmp_path, **changes)))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda data: data["obs"].__setitem__((5, 2), float("nan")),
+            "obs has 1 non-finite values, the first in row 5, dimension 2",
+        ),
+        (
+            lambda data: data["reward"].__setitem__(7, float("inf")),
+            "reward has 1 non-finite values, the first in row 7",
+        ),
+        (lambda data: data.update(env_id="Hopper-v5"), "is from Hopper-v5, not from Pendulum-v1"),
+        (lambda data: data.update(obs=data["obs"][:, :2], next_obs=data["obs"][:, :2]), "(2, 1) wide, not (3, 1)"),
+        (lambda data: data.update(action=data["action"][:5]), "5 of action"),
+        (lambda data: data.update({name: data[name][:0] for name in md.COLUMNS}), "0 transitions"),
+        (lambda data: data.pop("reward"), "not a file written by --save-data"),
+    ],
+)
+def test_bad_data(tmp_path, capfd, damage, words):
+    buffer = md.ReplayBuffer(20, 3, 1, CPU)
+    buffer.add(obs=np.random.rand(20, 3), **{name: np.zeros((20, *tail)) for name, tail in
+               dict(action=(1,), next_obs=(3,), reward=(), terminated=(), episode=()).items()})  # fmt: skip
+    data = {"env_id": "Pendulum-v1", **buffer.state_dict()}
+    damage(data)
+    torch.save(data, tmp_path / "data.pt")
+    assert words in one_line_error(capfd, lambda: md.main(tiny(tmp_path, data=str(tmp_path / "data.pt"))))
+    (tmp_path / "data.pt").write_bytes(b"not a torch file")
+    words = "not a file written by --save-data"
+    assert words in one_line_error(capfd, lambda: md.main(tiny(tmp_path, data=str(tmp_path / "data.pt"))))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_checkpoints(tmp_path, capfd):
+    _, run_dir = run(tiny(tmp_path))
+    before = sorted((path.name, path.read_bytes()) for path in run_dir.iterdir())
+    resume = ["--resume", str(run_dir)]
+    assert "--seed was 1" in one_line_error(capfd, lambda: md.main(md.parse_args([*resume, "--seed", "2"])))
+    assert "--hidden-size was 8" in one_line_error(
+        capfd, lambda: md.main(md.parse_args([*resume, "--hidden-size", "9"]))
+    )
+    assert sorted((path.name, path.read_bytes()) for path in run_dir.iterdir()) == before, "nothing half-written"
+    checkpoint = run_dir / "checkpoint.pt"
+    torch.save({"script": "a2c"}, checkpoint)
+    assert "written by a2c.py" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert "not a checkpoint" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
+    checkpoint.unlink()
+    assert "no checkpoint.pt" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
+    (run_dir / "args.json").write_text("{}{")
+    assert "args.json" in one_line_error(capfd, lambda: md.parse_args(resume))

@@ -54,7 +54,9 @@ The trained ensemble loads on its own; four lines load it and predict for one st
     obs, action = torch.zeros(model.obs_dim), torch.ones(model.action_dim)
     next_obs, reward, terminated = model.predict(*(x.expand(model.ensemble_size, 1, -1) for x in (obs, action)))
 
-@EXPECT@
+What to expect: on HalfCheetah-v5 the defaults (20,000 random steps, 5,000 gradient steps, one minute on two CPU cores)
+reach a held-out MSE of 0.022 and an R² of 0.98; predicted open loop, the error is 7 % of the variance after 5 steps
+and 14 % after 15, where "nothing changes" is off by 160 %. `--train-dtype bfloat16` gives the same numbers in 40 s.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps):
 
@@ -170,7 +172,7 @@ class Args:
     probabilistic: bool = False
     """predict mean and variance (Gaussian negative log-likelihood) instead of the mean alone (squared error)"""
     reward: Literal["auto", "known", "learned"] = "auto"
-    """known: the environment's formulas for reward and termination; learned: predict them; auto: known if it has them"""
+    """known: the environment's own formulas for reward and termination; learned: predict both; auto: known if it can"""
 
     # Training
     train_steps: int = 5_000
@@ -232,6 +234,10 @@ POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5"
 def make_env(env_id: str) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
     kwargs = {"exclude_current_positions_from_observation": False} if env_id in POSITIONS else {}
+    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, AttributeError, TypeError, ValueError) as error:
@@ -632,16 +638,14 @@ def open_loop_metrics(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, 
 
 def summary(metrics: dict[str, float]) -> str:
     r2 = {tag: value for tag, value in metrics.items() if tag.startswith("model/r2_")}
-    worst = min(r2, key=lambda tag: r2[tag], default="")
-    one_step = f"one step    held-out MSE {metrics['model/holdout_mse']:.4f}, R² {metrics['model/r2']:.4f}"
-    lines = [one_step + (f" (worst: dimension {worst[9:]}, {r2[worst]:.4f})" if r2 else "")]
+    worst = min(r2, key=lambda tag: r2[tag], default="model/r2")
+    text = f"one step   held-out MSE {metrics['model/holdout_mse']:.4f}, R² {metrics['model/r2']:.4f}"
+    text += f" (worst: {worst} {metrics[worst]:.4f})"
     for horizon in HORIZONS:
         if f"model/open_loop_mse_{horizon}" in metrics:
-            error, baseline = metrics[f"model/open_loop_mse_{horizon}"], metrics[f"model/open_loop_baseline_{horizon}"]
-            lines.append(
-                f"open loop   after {horizon:2d} steps {error:.3g} of the variance (nothing changes: {baseline:.3g})"
-            )
-    return "\n".join(lines)
+            error, baseline = (metrics[f"model/open_loop_{name}_{horizon}"] for name in ("mse", "baseline"))
+            text += f"\nopen loop  {horizon:2d} steps: {error:.3g} of the variance (nothing changes: {baseline:.3g})"
+    return text
 
 
 def draw_loss_curve(history: dict[str, list[tuple[int, float]]]) -> Any:
@@ -673,16 +677,14 @@ def draw_predictions(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, s
     for dim, axes in enumerate(figure.subplots(-(-shown // 2), 2, sharex=True, squeeze=False).flat[:shown]):
         members = predicted[..., dim]  # (E, H + 1)
         axes.fill_between(range(len(true)), members.amin(0), members.amax(0), color="C0", alpha=0.2)
-        lines = [
-            *axes.plot(true[:, dim], color="black", linewidth=1.6),
-            *axes.plot(members.T, color="C0", linewidth=0.8),
-        ]
+        axes.plot(members.T, color="C0", linewidth=0.8, label=["members", *[None] * (len(members) - 1)])
+        axes.plot(true[:, dim], color="black", linewidth=1.6, label="true")
         spread = (true[:, dim].max() - true[:, dim].min()).clamp(min=0.5 * float(scale[dim]))
         axes.set_ylim(true[:, dim].min() - spread, true[:, dim].max() + spread)  # a diverging member leaves the picture
         axes.set_ylabel(f"dimension {dim}")
     figure.supxlabel("steps predicted open loop")
     figure.suptitle(f"Open-loop prediction over {len(true) - 1} steps: mean squared error {error:.3g} (in variances)")
-    figure.legend(lines[:2], ["true", "members"], loc="outside lower right", ncols=2)
+    figure.axes[0].legend(loc="upper right", fontsize="small")
     return figure
 
 

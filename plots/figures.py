@@ -310,9 +310,14 @@ def mean_std_text(cells: list[str]) -> str:
 
 
 def table_markdown(csv_path: Path) -> str:
-    """The Markdown table of a CSV: a row per run, metrics as mean ± std over the seeds; no newline at its end."""
+    """The Markdown table of a CSV: a row per run, metrics as mean ± std over the seeds; no newline at its end.
+
+    A CSV that is no study's (plots/speed.py writes one) has no seeds to average over and is shown as it is.
+    """
     with csv_path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if "seed" not in rows[0]:
+        return markdown([[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)])
     metrics = [heading for heading in rows[0] if heading not in LEADING + TRAILING]
     # Reported values and targets get a column only where some run has one.
     texts = [heading for heading in ("reported", "target") if any(row[heading] for row in rows)]
@@ -324,6 +329,10 @@ def table_markdown(csv_path: Path) -> str:
     for seeds in seeds_of.values():
         numbers = [mean_std_text([row[heading] for row in seeds]) for heading in (*metrics, "minutes")]
         lines.append([seeds[0]["setting"], str(len(seeds)), *numbers, *(seeds[0][heading] or "–" for heading in texts)])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 

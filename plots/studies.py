@@ -135,7 +135,7 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="1x32-500",
                 command=f"{Q1} --num-layers 1 --hidden-size 32 --train-steps 500",
-                minutes=0.3,
+                minutes=0.2,
                 label="1 × 32, 500 steps",
                 reported="loss < 0.2 by step 500",
                 target="loss < 0.2 before step 250",
@@ -144,14 +144,14 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="2x250-5",
                 command=f"{Q1} --num-layers 2 --hidden-size 250 --train-steps 5",
-                minutes=0.3,
+                minutes=0.2,
                 label="2 × 250, 5 steps",
                 picture="pictures/predictions",
             ),
             Run(
                 name="2x250-500",
                 command=f"{Q1} --num-layers 2 --hidden-size 250 --train-steps 500",
-                minutes=0.3,
+                minutes=0.2,
                 label="2 × 250, 500 steps",
                 reported="best of the three",
                 target="best of the three",

@@ -330,7 +330,7 @@ def test_members_learn_from_their_own_batches_only():
         torch.manual_seed(5)
         losses = md.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, y, 16, 0.01, torch.float32)
         assert losses.unique().numel() == 4
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(models[0].parameters(), models[1].parameters()))
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(*(model.parameters() for model in models), strict=True))
 
 
 def test_input_noise_is_added_to_the_inputs_only():

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts are measured from outside, as a user's own code would call them
 
 import mbrl_dynamics  # noqa: E402
+from figures import refresh_readme  # noqa: E402  (beside this file)
 
 REFERENCE_GFLOPS = 230.0  # float32 matrix products of the reference machine (2-core Zen 5), where its figures are from
 
@@ -183,6 +184,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
         path.with_suffix(".txt").write_text(machine + "\n")
+        refresh_readme("speed")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts are measured from outside, as a user's own code would call them
 
-import mbrl_dynamics  # noqa: E402
 from figures import refresh_readme  # noqa: E402  (beside this file)
+
+import mbrl_dynamics  # noqa: E402
 
 REFERENCE_GFLOPS = 230.0  # float32 matrix products of the reference machine (2-core Zen 5), where its figures are from
 

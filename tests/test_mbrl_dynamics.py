@@ -158,9 +158,15 @@ def test_whole_episodes_are_held_out(ratio):
     train, test = md.split_episodes(episode, ratio, seed=0)
     assert sorted(torch.cat([train, test]).tolist()) == list(range(120))
     assert not set(episode[train].tolist()) & set(episode[test].tolist())
-    assert len(test) == min(max(round(ratio * 12 + 0.49), 1), 11) * 10
+    assert len(test) == max(int(ratio * 12), 1) * 10
     for rows in (train, test):  # in order of episode, and of time within one
         assert rows.tolist() == sorted(rows.tolist(), key=lambda row: (episode[row], row))
+
+
+def test_a_long_episode_is_not_held_out_for_a_small_share():
+    for seed in range(10):
+        train, _ = md.split_episodes(torch.tensor([0] * 99 + [1]), 0.1, seed)
+        assert len(train) == 99
 
 
 def test_a_single_episode_is_split_in_time():
@@ -245,19 +251,19 @@ def test_batched_loss_equals_a_loop_over_samples(kind, learn_reward):
                 if kind is md.Ensemble:
                     slow += (mean - target) ** 2 / (7 * targets)
                 else:  # twice torch's, up to a constant
-                    variance = model.logvar(output)[dim].exp()
+                    variance = model.logvar(model.mlp(x))[member, sample, dim].exp()
                     log_prob = torch.distributions.Normal(mean, variance.sqrt()).log_prob(target)
                     slow += (-2 * log_prob - np.log(2 * np.pi)) / (7 * targets)
             if learn_reward:
                 slow += F.binary_cross_entropy(output[-1].sigmoid(), y[member, sample, -1]) / 7
         if kind is md.GaussianEnsemble:
-            slow += 0.01 * (model.max_logvar.sum() - model.min_logvar.sum()) / 4
+            slow += 0.01 * (model.max_logvar - model.min_logvar)[member].sum()
         torch.testing.assert_close(loss, slow)
 
 
 def test_log_variance_stays_within_its_soft_bounds():
     model = md.GaussianEnsemble(**SHAPE, learn_reward=False, skip=0)
-    logvar = model.logvar(torch.linspace(-1e3, 1e3, 6 * 101).reshape(101, 6))
+    logvar = model.logvar(torch.linspace(-1e3, 1e3, 6 * 404).reshape(4, 101, 6))
     assert logvar.min() >= -10 - 1e-4 and logvar.max() <= 0.5 + 1e-4
     assert logvar.max() - logvar.min() > 10
 
@@ -485,7 +491,7 @@ def test_saved_data_trains_the_same_model(tmp_path):
 def test_the_saved_model_loads_on_its_own_and_predicts_the_same(tmp_path):
     _, run_dir = run(tiny(tmp_path))
     script = (
-        f"from mbrl_dynamics import load_model; import torch\nmodel = load_model({str(run_dir / 'model.pt')!r})\n"
+        f"import torch, mbrl_dynamics\nmodel = mbrl_dynamics.load_model({str(run_dir / 'model.pt')!r})\n"
         "obs, action = torch.zeros(model.obs_dim), torch.ones(model.action_dim)\n"
         "next_obs, reward, terminated = model.predict(*(x.expand(model.ensemble_size, 1, -1) for x in (obs, action)))\n"
         "print([next_obs.tolist(), reward.tolist(), terminated.tolist()])"
@@ -538,6 +544,11 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
         ({"holdout_ratio": 1.0}, "--holdout-ratio"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"save_data": "/no/such/folder/data.pt"}, "--save-data"),
+        ({"save_data": "."}, "--save-data"),
+        ({"log_dir": __file__}, "--log-dir"),
+        ({"log_dir": ""}, "--log-dir is empty"),
+        ({"seed": 10**20}, "--seed"),
+        ({"num_threads": 100_000}, "--num-threads"),
         ({"data": "missing.pt"}, "missing.pt"),
         ({"resume": "missing"}, "--resume missing"),
         ({"track": True}, "pip install wandb"),
@@ -549,6 +560,44 @@ def test_bad_arguments(tmp_path, capfd, monkeypatch, changes, words):
         monkeypatch.setattr(md.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     assert words in one_line_error(capfd, lambda: md.main(tiny(tmp_path, **changes)))
     assert not (tmp_path / "runs").exists()
+
+
+def test_non_finite_observations_are_not_blamed_on_the_learning_rate(tmp_path, capfd, monkeypatch):
+    step = Counter.step
+
+    def broken(self, action):
+        obs, *rest = step(self, action)
+        return np.where([False, self.count == 3], np.nan, obs).astype(np.float32), *rest
+
+    monkeypatch.setattr(Counter, "step", broken)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        md.main(tiny(tmp_path, env_id="Counter-v0", save_data=str(tmp_path / "data.pt")))
+    assert exit.value.code == 2 and "Counter-v0: obs has 120 non-finite values" in capfd.readouterr().err
+    assert not (tmp_path / "data.pt").exists()
+
+
+def test_a_torn_metrics_file_does_not_stop_a_resume(tmp_path):
+    _, whole = run(tiny(tmp_path / "whole", train_steps=40))
+    _, run_dir = run(tiny(tmp_path / "torn"))
+    with (run_dir / "metrics.csv").open("a") as file:
+        file.write("31,model/tr")
+    md.main(md.parse_args(["--resume", str(run_dir), "--train-steps", "40"]))
+    assert set(logged(whole)) <= set(logged(run_dir)) and "model/tr" not in {row[1] for row in logged(run_dir)}
+
+
+def test_weight_decay_spares_biases_and_bounds():
+    model = md.GaussianEnsemble(**SHAPE, learn_reward=False, skip=0)
+    optimizer = md.make_optimizer(model, 1e-3, 0.1)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.1 if name.startswith("mlp.weights") else 0), name
+
+
+def test_a_task_is_the_same_by_any_of_its_names():
+    for name in ("HalfCheetah-v5", "gymnasium:HalfCheetah-v5"):
+        env = md.make_env(name)
+        assert md.hidden_positions(env) == 1 and env.observation_space.shape == (18,)
 
 
 @pytest.mark.parametrize(
@@ -563,8 +612,11 @@ def test_bad_arguments(tmp_path, capfd, monkeypatch, changes, words):
             "reward has 1 non-finite values, the first in row 7",
         ),
         (lambda data: data.update(env_id="Hopper-v5"), "is from Hopper-v5, not from Pendulum-v1"),
-        (lambda data: data.update(obs=data["obs"][:, :2], next_obs=data["obs"][:, :2]), "(2, 1) wide, not (3, 1)"),
-        (lambda data: data.update(action=data["action"][:5]), "5 of action"),
+        (
+            lambda data: data.update(obs=data["obs"][:, :2], next_obs=data["obs"][:, :2]),
+            "obs is not a tensor of shape (20, 3)",
+        ),
+        (lambda data: data.update(action=data["action"][:5]), "action is not a tensor of shape (20, 1)"),
         (lambda data: data.update({name: data[name][:0] for name in md.COLUMNS}), "0 transitions"),
         (lambda data: data.pop("reward"), "not a file written by --save-data"),
     ],
@@ -587,6 +639,8 @@ def test_bad_checkpoints(tmp_path, capfd):
     _, run_dir = run(tiny(tmp_path))
     before = sorted((path.name, path.read_bytes()) for path in run_dir.iterdir())
     resume = ["--resume", str(run_dir)]
+    shorter = [*resume, "--train-steps", "20"]
+    assert "already trained 30" in one_line_error(capfd, lambda: md.main(md.parse_args(shorter)))
     assert "--seed was 1" in one_line_error(capfd, lambda: md.main(md.parse_args([*resume, "--seed", "2"])))
     assert "--hidden-size was 8" in one_line_error(
         capfd, lambda: md.main(md.parse_args([*resume, "--hidden-size", "9"]))

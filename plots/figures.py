@@ -353,7 +353,8 @@ def draw_study(study: Study, log_dir: Path) -> bool:
     if not any(finished_runs(experiment(study, run), log_dir) for run in study.runs):
         return False
     loaded = load_study(study, log_dir)
-    draw_figure(study, loaded, PLOTS / f"{study.name}.png")
+    if study.panels:  # a single number per run needs no figure
+        draw_figure(study, loaded, PLOTS / f"{study.name}.png")
     write_csv(study, loaded, PLOTS / f"{study.name}.csv")
     write_pictures(study, loaded)
     refresh_readme(study.name)

@@ -125,6 +125,13 @@ Q1 = (
 )
 Q1_HORIZONS = (1, 5, 15, 50)
 
+# The course's model and training, in every one of its planning studies.
+COURSE = (
+    "--num-envs 1 --ensemble-size 3 --num-layers 2 --hidden-size 250 --activation tanh --learning-rate 1e-3"
+    " --batch-size 512 --input-noise 0.01"
+)
+RETURN = Column("return", "eval/episodic_return")
+
 STUDIES: tuple[Study, ...] = (
     Study(
         name="q1",
@@ -197,6 +204,28 @@ STUDIES: tuple[Study, ...] = (
             Column("after 15", "model/open_loop_mse_15"),
             Column("after 50", "model/open_loop_mse_50"),
             Column("nothing changes, after 15", "model/open_loop_baseline_15"),
+        ),
+    ),
+    Study(
+        name="q2",
+        title="Random shooting on Obstacles-v0, model from 5,000 random steps",
+        shows="Planning in a model that has seen random data only and was trained for 20 gradient steps.",
+        runs=(
+            Run(
+                name="rs",
+                command="python mpc_random_shooting.py --env-id envs:Obstacles-v0 --horizon 10 --num-candidates 1_000"
+                f" --initial-steps 5_000 --train-steps 20 --num-iterations 1 --eval-episodes 100 {COURSE}",
+                minutes=9,
+                label="random shooting, horizon 10",
+                reported="−70…−50 (handout), −29.98",
+                target="≥ −30",
+            ),
+        ),
+        panels=(),
+        columns=(
+            RETURN,
+            Column("std over episodes", "eval/episodic_return_std"),
+            Column("length", "eval/episodic_length"),
         ),
     ),
 )

@@ -13,9 +13,16 @@ ROOT = copies.ROOT
 SCRIPTS = copies.scripts()
 
 # A tiny real run of each script, alone in an empty folder. A script without a row fails.
+PLANNER_TINY = (
+    "--env-id Pendulum-v1 --max-episode-steps 10 --num-iterations 2 --initial-steps 30 --steps-per-iteration 10"
+    " --train-steps 5 --num-layers 1 --hidden-size 8 --ensemble-size 2 --horizon 3 --num-candidates 12"
+    " --eval-episodes 2 --no-cuda --num-threads 1"
+)
 TINY = {
     "mbrl_dynamics.py": "--env-id Pendulum-v1 --initial-steps 400 --train-steps 20 --num-layers 1 --hidden-size 8"
     " --ensemble-size 2 --no-cuda --num-threads 1",
+    "mpc_random_shooting.py": f"{PLANNER_TINY}",
+    "mpc_cem.py": f"{PLANNER_TINY} --num-elites 3",
 }
 
 # What the run leaves in its run folder.

@@ -1,0 +1,401 @@
+"""mpc_random_shooting.py and mpc_cem.py: plans against slow references, formulas against the simulator, runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import mpc_cem as cem
+import mpc_random_shooting as rs
+
+SCRIPTS = [rs, cem]
+TINY = dict(num_envs=2, initial_steps=60, steps_per_iteration=20, num_iterations=2, train_steps=10, ensemble_size=2)
+TINY |= dict(num_layers=1, hidden_size=8, batch_size=32, horizon=4, num_candidates=20, eval_episodes=2)
+TINY |= dict(interim_episodes=1, max_episode_steps=15, num_threads=1, cuda=False, planner_dtype="float32")
+
+
+def tiny(script, tmp_path: Path, **changes: object):
+    few = {"num_elites": 4} if script is cem else {}
+    return script.Args(**({"env_id": "Pendulum-v1", "log_dir": str(tmp_path / "runs")} | TINY | few | changes))
+
+
+def run(script, args) -> tuple[dict[str, float], Path]:
+    result = script.main(args)
+    return result, Path(args.resume) if args.resume else sorted(Path(args.log_dir).iterdir())[-1]
+
+
+def logged(run_dir: Path) -> list[tuple[str, ...]]:
+    rows = [tuple(row) for row in csv.reader((run_dir / "metrics.csv").open())]
+    return sorted(row for row in rows if not row[1].startswith(("time/", "charts/SPS")))
+
+
+def model_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+FORMULAS = ["HalfCheetah", "Swimmer", "Hopper", "Walker2d", "Ant", "Reacher", "Pusher", "InvertedPendulum"]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_pay_what_the_simulator_pays(name):
+    """1,000 real steps, with torques that also make the walkers fall."""
+    env = rs.make_env(f"{name}-v5")
+    formulas = rs.known_formulas(env)
+    assert formulas is not None
+    env.action_space.seed(0)
+    obs, _ = env.reset(seed=0)
+    steps, falls = [], 0
+    for _ in range(1000):
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        steps.append((obs, action, next_obs, reward, terminated))
+        falls += terminated
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    columns = [torch.as_tensor(np.array(column), dtype=torch.float64) for column in zip(*steps, strict=True)]
+    obs, action, next_obs, reward, terminated = columns
+    # Ant is paid for the torso's position as it was before the last substep, which lags behind the joints'.
+    mean_off, most_off = (0.02, 0.3) if name == "Ant" else (1e-6, 1e-5)
+    off = (formulas[0](obs, action, next_obs) - reward).abs()
+    assert off.mean() < mean_off and off.max() < most_off
+    assert torch.equal(formulas[1](next_obs).double(), terminated)
+    assert falls > 10 or name in ("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Ant")
+
+
+def test_weights_are_read_from_the_environment():
+    env = gym.make(
+        "Hopper-v5", exclude_current_positions_from_observation=False, healthy_reward=7.0, ctrl_cost_weight=1.0
+    )
+    env.reset(seed=0)
+    obs, action = torch.zeros(12, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    obs[1] = 1.2
+    assert rs.known_formulas(env)[0](obs, action, obs).item() == pytest.approx(7.0 - 3.0)
+
+
+def test_an_environment_without_formulas_is_learned():
+    assert rs.known_formulas(rs.make_env("Pendulum-v1")) is None
+    assert rs.known_formulas(rs.make_env("Humanoid-v5")) is None
+    assert rs.known_formulas(rs.make_env("envs:Obstacles-v0")) is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- plans
+
+B, K, H, D, A = 3, 5, 4, 3, 2
+LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
+
+
+def toy_reward(obs, action, next_obs):
+    return next_obs.sum(-1) - action.square().sum(-1)
+
+
+def toy_terminated(next_obs):
+    return next_obs[..., 0] > 0.3
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(learned):
+    torch.manual_seed(0)
+    model = rs.Ensemble(D, A, 4, 2, 16, "tanh", learned, 0)
+    model.target_normaliser.std.fill_(0.5)
+    formulas = None if learned else (toy_reward, toy_terminated)
+    obs, candidates = torch.randn(B, D) * 0.3, torch.randn(B, K, H, A)
+    fast = rs.imagined_returns(model, formulas, 0.9, obs, candidates)
+    ends = 0
+    for b in range(B):
+        for k in range(K):
+            returns = []
+            for member in range(4):
+                state, total = obs[b], 0.0
+                for t in range(H):
+                    action = candidates[b, k, t]
+                    inputs = (state.expand(4, 1, -1), action.expand(4, 1, -1))
+                    next_state, reward, over = (
+                        part[member, 0] if part is not None else None for part in model.predict(*inputs)
+                    )
+                    if not learned:
+                        reward, over = toy_reward(state, action, next_state), toy_terminated(next_state)
+                    total = total + 0.9**t * reward
+                    state = next_state
+                    if over > 0.5:
+                        ends += 1
+                        break
+                returns.append(total)
+            torch.testing.assert_close(fast[b, k], sum(returns) / 4)
+    assert 0 < ends < B * K * 4
+
+
+def test_the_best_candidate_wins_and_nonsense_never_does():
+    torch.manual_seed(0)
+    seen = []
+
+    def imagine(obs, candidates):
+        seen.append(candidates)
+        returns = candidates[..., 0, 0].clone()
+        returns[:, 0], returns[:, 1] = torch.nan, torch.inf
+        return returns
+
+    action, promise = rs.plan(imagine, torch.zeros(B, D), LOW, HIGH, 50, H)
+    assert torch.equal(action[:, 0], seen[0][:, 2:, 0, 0].max(dim=1).values) and torch.equal(promise, action[:, 0])
+    assert (seen[0] >= LOW).all() and (seen[0] <= HIGH).all() and seen[0].shape == (B, 50, H, A)
+
+
+def test_all_environments_are_planned_for_on_their_own():
+    """Each environment wants another action; one call finds them all."""
+    torch.manual_seed(0)
+    wanted = torch.tensor([[-0.9, 0.6], [-0.5, 1.0], [-0.1, 1.9]])
+    imagine = lambda obs, candidates: -(candidates - obs[:, None, None]).square().sum((-1, -2))  # noqa: E731
+    args = cem.Args(horizon=H, num_candidates=200, cem_iterations=8, num_elites=10, noise_beta=0.0)
+    planner = cem.Planner(args, imagine, LOW, HIGH, B)
+    torch.testing.assert_close(planner(wanted)[0], wanted, atol=0.05, rtol=0)
+
+
+def quadratic(obs, candidates):
+    """s' = s + a (two dimensions), reward -|s'|² - 0.1|a|², from s = (2, -1): a linear-quadratic system."""
+    state, total = obs[:, None], 0.0
+    for t in range(candidates.shape[2]):
+        state = state + candidates[:, :, t]
+        total = total - state.square().sum(-1) - 0.1 * candidates[:, :, t].square().sum(-1)
+    return total
+
+
+def best_return(horizon: int) -> tuple[float, float]:
+    """By the Riccati recursion: cost x² p, from the last step back; and the optimal first gain."""
+    p, gain = 0.0, 0.0
+    for _ in range(horizon):
+        gain = (1 + p) / (1 + p + 0.1)
+        p = (1 + p) * (1 - gain) ** 2 + 0.1 * gain**2
+    return -p * (2**2 + 1**2), gain
+
+
+def test_cem_reaches_the_optimum_and_beats_random_shooting_which_beats_chance():
+    torch.manual_seed(0)
+    horizon, low, high, obs = 6, -3 * torch.ones(2), 3 * torch.ones(2), torch.tensor([[2.0, -1.0]])
+    best, gain = best_return(horizon)
+    args = cem.Args(horizon=horizon, num_candidates=500, cem_iterations=12, num_elites=20, noise_beta=0.0)
+    args.candidate_decay, args.execute = 1.0, "best"
+    action, promise = cem.Planner(args, quadratic, low, high, 1)(obs)
+    _, shot = rs.plan(quadratic, obs, low, high, 500, horizon)
+    chance = quadratic(obs, low + (high - low) * torch.rand(1, 500, horizon, 2)).mean()
+    assert best - 0.05 < promise.item() <= best + 1e-4
+    torch.testing.assert_close(action, -gain * obs, atol=0.05, rtol=0)
+    assert chance + 10 < shot.item() < promise.item() - 1
+
+
+def test_alpha_one_forgets_the_prior_and_a_small_alpha_does_not():
+    prior = torch.full((1, H, A), 0.9)
+    imagine = lambda obs, candidates: candidates.sum((-1, -2))  # noqa: E731
+    found = {}
+    for alpha in (1.0, 0.1):
+        args = cem.Args(
+            horizon=H, cem_alpha=alpha, cem_iterations=1, num_elites=5, mean_candidate=False, noise_beta=0.0
+        )
+        torch.manual_seed(0)
+        _, _, mean, elites, _ = cem.cem(imagine, torch.zeros(1, D), prior, prior[:, None][:, :0], LOW, HIGH, args)
+        found[alpha] = mean
+        torch.testing.assert_close(mean, alpha * elites.mean(1) + (1 - alpha) * prior)
+    assert (found[0.1] - prior).abs().max() < 0.2 < (found[1.0] - prior).abs().max()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_coloured_noise_has_its_spectrum_and_unit_variance(beta):
+    torch.manual_seed(0)
+    noise = torch.randn(20_000, 16) @ cem.coloured_filter(16, beta, torch.device("cpu"))
+    torch.testing.assert_close(noise.std(0), torch.ones(16), atol=0.03, rtol=0)
+    power = torch.fft.rfft(noise).abs().square().mean(0)[1:]  # frequencies 1/16 .. 8/16
+    expected = torch.arange(1, 9) ** -beta
+    torch.testing.assert_close(power / power[0], expected, atol=0.03, rtol=0.1)
+
+
+def test_plan_and_elites_are_shifted_and_forgotten_at_the_end_of_an_episode():
+    starts = []
+
+    def search(imagine, obs, mean, kept, low, high, args):
+        starts.append((mean.clone(), kept.clone()))
+        plan = torch.arange(H).float()[:, None].expand(2, H, A)
+        return obs[:, :A], obs[:, 0], plan, plan[:, None].expand(-1, 10, -1, -1) + 100, torch.zeros(())
+
+    planner = cem.Planner(cem.Args(horizon=H, keep_elites=0.3), quadratic, LOW, HIGH, 2)
+    planner.search = search
+    middle = (LOW + HIGH) / 2
+    planner(torch.zeros(2, D))
+    planner(torch.zeros(2, D))
+    planner.reset(np.array([False, True]))
+    planner(torch.zeros(2, D))
+    (first, first_kept), (second, second_kept), (third, third_kept) = starts
+    assert (first == middle).all() and (first_kept == middle).all()
+    assert second[0, :, 0].tolist() == [1, 2, 3, 3] and second_kept[0, 2, :, 0].tolist() == [101, 102, 103, 103]
+    assert second_kept.shape[1] == 3
+    assert torch.equal(third[0], second[0]) and (third[1] == middle).all() and (third_kept[1] == middle).all()
+
+
+@pytest.mark.parametrize("flags", [{}, {"bounded_sampling": True}, {"start": "uniform", "shift_plan": False}])
+def test_actions_stay_within_asymmetric_bounds(flags):
+    torch.manual_seed(0)
+    seen = []
+    imagine = lambda obs, candidates: seen.append(candidates) or candidates.sum((-1, -2))  # noqa: E731
+    planner = cem.Planner(cem.Args(horizon=H, **flags), imagine, LOW, HIGH, B)
+    for _ in range(3):
+        action, _ = planner(torch.zeros(B, D))
+        assert (action >= LOW).all() and (action <= HIGH).all()
+    for candidates in seen:
+        assert (candidates >= LOW - 1e-6).all() and (candidates <= HIGH + 1e-6).all()
+    sizes = [candidates.shape[1] for candidates in seen[-4:]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1], "the population decays"
+
+
+@pytest.mark.parametrize("execute", ["mean", "best"])
+def test_what_is_executed(execute):
+    args = cem.Args(horizon=H, execute=execute, cem_iterations=1, num_elites=5, cem_alpha=1.0)
+    imagine = lambda obs, candidates: candidates.sum((-1, -2))  # noqa: E731
+    torch.manual_seed(0)
+    start = torch.zeros(1, H, A)
+    action, _, mean, elites, _ = cem.cem(imagine, start[:, 0], start, start[:, None], LOW, HIGH, args)
+    assert torch.equal(action, mean[:, 0] if execute == "mean" else elites[:, 0, 0])
+    assert not torch.equal(mean[:, 0], elites[:, 0, 0])
+
+
+def test_bfloat16_plans_choose_nearly_the_same():
+    torch.manual_seed(0)
+    model = rs.Ensemble(D, A, 3, 2, 64, "silu", False, 0)
+    obs, candidates = torch.randn(B, D), torch.randn(B, 200, H, A)
+    returns = [
+        rs.imagined_returns(
+            rs.planning_copy(model, dtype), (toy_reward, lambda s: s[..., 0] > 1e9), 1.0, obs, candidates
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert returns[1].dtype == torch.float32
+    for exact, rough in zip(*returns, strict=True):
+        assert np.corrcoef(exact, rough)[0, 1] > 0.999
+
+
+def test_true_dynamics_predict_what_the_simulator_does():
+    """The return of one candidate, from the middle of an episode, against stepping a copy of the environment."""
+    envs = cem.VectorEnv("HalfCheetah-v5", 2, seed=0)
+    for _ in range(5):
+        envs.step(envs.random_action())
+    formulas = cem.known_formulas(envs.envs[0])
+    candidates = torch.from_numpy(np.stack([[envs.random_action() for _ in range(6)] for _ in range(3)])).transpose(
+        1, 2
+    )
+    candidates = candidates.transpose(0, 1)  # (B, K, H, A)
+    returns = cem.simulated_returns(envs, formulas, 1.0, torch.from_numpy(envs.obs), candidates)
+    for b in range(2):
+        for k in range(3):
+            copy = cem.VectorEnv("HalfCheetah-v5", 2, seed=9)
+            copy.load_state_dict(envs.state_dict())
+            paid = sum(copy.envs[b].step(action.numpy())[1] for action in candidates[b, k])
+            assert returns[b, k].item() == pytest.approx(paid, abs=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(script, tmp_path):
+    args = tiny(script, tmp_path)
+    result, run_dir = run(script, args)
+    tags = {row[1] for row in csv.reader((run_dir / "metrics.csv").open())} - {"tag"}
+    prefixes = ("charts/", "eval/", "model/", "time/")
+    documented = {line.split()[0] for line in script.__doc__.splitlines() if line.strip().startswith(prefixes)}
+    assert tags == documented
+    buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    assert len(buffer["obs"]) == 80, "random steps and one collection: nothing is collected after the last fit"
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    again = script.main(script.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    assert again == {name: value for name, value in result.items() if name != "minutes"}
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def stop_at(monkeypatch, script, place: str, call: int) -> None:
+    """An exception stands for a kill at the given call."""
+    owner, name = {"fit": (script, "train_step"), "act": (script.Planner, "__call__")}[place]
+    original, calls = getattr(owner, name), iter(range(10**6))
+
+    def wrapper(*args, **kwargs):
+        if next(calls) == call:
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("place, call", [("fit", 6), ("act", 3), ("act", 20), ("fit", 16)])
+def test_killed_and_resumed_equals_never_stopped(script, tmp_path, monkeypatch, place, call):
+    """In the first fit, an evaluation, the collection and the second fit; episodes end in between."""
+    _, whole = run(script, tiny(script, tmp_path / "whole"))
+    args = tiny(script, tmp_path / "killed", checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, place, call)
+        with pytest.raises(MemoryError):
+            script.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    script.main(script.parse_args(["--resume", str(run_dir)]))
+    one, two = model_state(whole), model_state(run_dir)
+    assert all(torch.equal(one[name], two[name]) for name in one) and logged(run_dir) == logged(whole)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_and_learned_reward_of_any_environment(script, tmp_path):
+    file = str(tmp_path / "data.pt")
+    run(script, tiny(script, tmp_path / "a", save_data=file))
+    assert len(torch.load(file, weights_only=True)["obs"]) == 80
+    _, run_dir = run(script, tiny(script, tmp_path / "b", data=file))
+    buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    assert len(buffer["obs"]) == 100 and len(buffer["episode"].unique()) > 4
+
+
+@pytest.mark.parametrize("env_id", ["envs:Obstacles-v0", "HalfCheetah-v5"])
+def test_a_video_is_written_without_a_display(tmp_path, env_id, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    args = tiny(cem, tmp_path, env_id=env_id, capture_video=True, num_iterations=1)
+    _, run_dir = run(cem, args)
+    assert (run_dir / "videos" / "60.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "script, changes, words",
+    [
+        (rs, {"horizon": 16}, "--horizon 16 is longer than an episode"),
+        (rs, {"eval_only": True}, "--eval-only needs --resume"),
+        (rs, {"gamma": 0.0}, "--gamma"),
+        (rs, {"env_id": "unbounded"}, "actions must be bounded"),
+        (rs, {"reward": "known"}, "no formula for Pendulum-v1"),
+        (cem, {"num_elites": 20}, "--num-elites 20 of --num-candidates 20"),
+        (cem, {"cem_alpha": 1.5}, "--cem-alpha"),
+        (cem, {"start": "uniform"}, "--no-shift-plan"),
+        (cem, {"keep_elites": 1.5}, "--keep-elites"),
+        (cem, {"true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
+    ],
+)
+def test_bad_arguments(script, tmp_path, capfd, changes, words):
+    if changes.get("env_id") == "unbounded":
+        space = gym.spaces.Box(-np.inf, np.inf, (1,))
+        gym.register(
+            "Unbounded-v0", lambda **kwargs: gym.wrappers.TransformAction(gym.make("Pendulum-v1").unwrapped, abs, space)
+        )
+        changes = {"env_id": "Unbounded-v0"}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        script.main(tiny(script, tmp_path, **changes))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    assert names["action"].shape == (8, 2) and names["promised_return"].isfinite().all()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15

@@ -1,5 +1,6 @@
 """mbrl_dynamics.py: its blocks against slow references, its runs against interruption, its errors against bad input."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mbrl_dynamics as md
 
@@ -105,7 +108,9 @@ def test_a_finished_episode_keeps_its_true_last_observation(env_id, terminates):
 def test_environments_resume_exactly(env_id, steps):
     envs = md.VectorEnv(env_id, 2, seed=3)
     for _ in range(steps):
-        envs.step(envs.random_action())
+        action = envs.random_action()
+        envs.step(action)
+        action[:] = 0  # the caller's array is its own
     saved = envs.state_dict()
     copy = md.VectorEnv(env_id, 2, seed=99)
     copy.load_state_dict(saved)
@@ -116,6 +121,21 @@ def test_environments_resume_exactly(env_id, steps):
         for one, two in zip(envs.step(action), copy.step(action), strict=True):
             assert np.array_equal(one, two)
         assert np.array_equal(copy.obs, envs.obs) and copy.finished == envs.finished
+
+
+def test_environments_start_and_act_differently():
+    envs = md.VectorEnv("Counter-v0", 3, seed=0)
+    assert len(set(envs.obs[:, 1])) == 3 and len(set(envs.random_action()[:, 0])) == 3
+
+
+gym.register("CounterColumn-v0", lambda: gym.wrappers.ReshapeObservation(Counter(), (2, 1)))
+matrix = gym.spaces.Box(-1, 1, (1, 1))
+gym.register("CounterMatrixAction-v0", lambda: gym.wrappers.TransformAction(Counter(), np.ravel, matrix))
+
+
+def test_observations_are_flattened_and_actions_must_be_flat(capfd):
+    assert np.array_equal(md.VectorEnv("CounterColumn-v0", 2, 0).obs, md.VectorEnv("Counter-v0", 2, 0).obs)
+    assert "actions must be vectors" in one_line_error(capfd, lambda: md.make_env("CounterMatrixAction-v0"))
 
 
 def test_locomotion_tasks_keep_x():
@@ -129,6 +149,7 @@ def test_locomotion_tasks_keep_x():
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@pytest.mark.filterwarnings("ignore:std_mean")
 def test_normaliser_round_trip_and_constant_dimensions():
     x = torch.randn(1000, 4) * torch.tensor([1.0, 100.0, 1e-4, 0.0]) + torch.tensor([5.0, -1e4, 0.0, 0.1])
     normaliser = md.Normaliser(4)
@@ -138,6 +159,10 @@ def test_normaliser_round_trip_and_constant_dimensions():
     torch.testing.assert_close(y.std(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
     torch.testing.assert_close(normaliser.inverse(y), x)
     assert normaliser.std[3] == 1, "dividing by the rounding error of a constant would blow it up"
+    normaliser.fit(1e4 + 1e-3 * x.sign())  # nothing but rounding: float32 has seven digits
+    assert (normaliser.std == 1).all()
+    normaliser.fit(x[:1])
+    assert torch.equal(normaliser.std, torch.ones(4)), "one row has no standard deviation"
 
 
 def test_buffer_overwrites_the_oldest():
@@ -169,9 +194,20 @@ def test_a_long_episode_is_not_held_out_for_a_small_share():
         assert len(train) == 99
 
 
-def test_a_single_episode_is_split_in_time():
-    train, test = md.split_episodes(torch.zeros(10, dtype=torch.int64), 0.2, seed=0)
-    assert train.tolist() == list(range(8)) and test.tolist() == [8, 9]
+def test_the_held_out_share_counts_transitions_and_its_choice_follows_the_seed():
+    lengths = torch.arange(1, 31) ** 2
+    episode, chosen = torch.arange(30).repeat_interleave(lengths), set()
+    for seed in range(10):
+        held_out = episode[md.split_episodes(episode, 0.3, seed)[1]]
+        assert 0 <= 0.3 * len(episode) - len(held_out) < lengths.max(), "as many as fit, until one does not"
+        chosen.add(tuple(held_out.unique().tolist()))
+    assert len(chosen) == 10
+
+
+@pytest.mark.parametrize("ratio, cut", [(0.2, 8), (0.01, 9), (0.99, 1)])
+def test_a_single_episode_is_split_in_time(ratio, cut):
+    train, test = md.split_episodes(torch.zeros(10, dtype=torch.int64), ratio, seed=0)
+    assert train.tolist() == list(range(cut)) and test.tolist() == list(range(cut, 10))
 
 
 def numbered_buffer(episode: list[int]) -> md.ReplayBuffer:
@@ -193,16 +229,18 @@ def test_windows_stay_within_an_episode():
 
 
 def test_normalisers_see_the_training_split_only(tmp_path):
-    """A held-out episode of huge numbers must leave no trace in the statistics."""
+    """A held-out episode of huge numbers must leave no trace in the statistics, but show in what is measured."""
     numbers = torch.randn(300, 2)
     episode = torch.arange(300) // 30
     _, test = md.split_episodes(episode, 0.1, seed=1)
-    numbers[test] = 1e6
+    numbers[test] *= 1e6
     columns = dict(obs=numbers, action=numbers[:, :1], next_obs=numbers + 1, reward=numbers[:, 0])
     data = {"env_id": "Counter-v0", **columns, "terminated": torch.zeros(300), "episode": episode}
     torch.save(data, tmp_path / "data.pt")
-    _, run_dir = run(tiny(tmp_path, env_id="Counter-v0", data=str(tmp_path / "data.pt"), seed=1))
+    result, run_dir = run(tiny(tmp_path, env_id="Counter-v0", data=str(tmp_path / "data.pt"), seed=1))
     assert weights(run_dir)["input_normaliser.mean"].abs().max() < 1
+    assert result["model/holdout_mse"] > 100 and result["model/open_loop_mse_1"] > 100
+    assert result["model/open_loop_baseline_1"] == pytest.approx(1, rel=0.3), "in units of the training split"
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -217,6 +255,7 @@ def batch(outputs: int, generator_seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 def test_batched_product_equals_a_loop_over_members():
     mlp = md.StackedMLP(4, [5, 16, 16, 3], "tanh")
+    assert all(len(parameter.unique(dim=0)) == 4 for parameter in mlp.parameters()), "each member starts on its own"
     x, _ = batch(3)
     for member, output in enumerate(mlp(x)):
         slow = x[member]
@@ -266,6 +305,20 @@ def test_log_variance_stays_within_its_soft_bounds():
     logvar = model.logvar(torch.linspace(-1e3, 1e3, 6 * 404).reshape(4, 101, 6))
     assert logvar.min() >= -10 - 1e-4 and logvar.max() <= 0.5 + 1e-4
     assert logvar.max() - logvar.min() > 10
+
+
+@pytest.mark.parametrize("bound", ["max_logvar", "min_logvar"])
+def test_the_log_variance_bounds_are_learned(bound):
+    """Their gradient, regulariser included, against a difference quotient."""
+    model = md.GaussianEnsemble(**SHAPE, learn_reward=False, skip=0)
+    parameter, (x, y) = getattr(model, bound), batch(3)
+    model.loss(x, y).sum().backward()
+    losses = []
+    for shift in (0.05, -0.1):
+        with torch.no_grad():
+            parameter[0, 0, 0] += shift
+            losses.append(model.loss(x, y).sum().item())
+    assert parameter.grad[0, 0, 0].item() == pytest.approx((losses[0] - losses[1]) / 0.1, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [md.Ensemble, md.GaussianEnsemble])
@@ -332,11 +385,34 @@ def test_members_learn_from_their_own_batches_only():
     with torch.no_grad():
         models[1].mlp.weights[0][1:] += 1.0
     x, y = models[0].regression_data(buffer, torch.arange(400))
+    batches, loss = [], md.DynamicsModel.loss
     for model in models:
         torch.manual_seed(5)
+        model.loss = lambda x, y, model=model: batches.append((x, y)) or loss(model, x, y)
+        before = copy.deepcopy(list(model.parameters()))
         losses = md.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, y, 16, 0.01, torch.float32)
         assert losses.unique().numel() == 4
     assert all(torch.equal(one[0], two[0]) for one, two in zip(*(model.parameters() for model in models), strict=True))
+    after = copy.deepcopy(list(model.parameters()))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    gradients = torch.autograd.grad(loss(model, *batches[-1])[0], list(model.parameters()))
+    for old, new, gradient in zip(before, after, gradients, strict=True):  # the full gradient, not a share of it
+        torch.testing.assert_close(new[0], old[0] - 0.1 * gradient[0])
+
+
+def test_bfloat16_is_for_the_products_only():
+    buffer, _ = linear_data(400)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = md.Ensemble(**SHAPE, learn_reward=True, skip=0)
+        x, y = model.regression_data(buffer, torch.arange(400), fit=True)
+        losses.append(md.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, y, 64, 0.0, dtype))
+        assert losses[-1].dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
 
 
 def test_input_noise_is_added_to_the_inputs_only():
@@ -351,6 +427,45 @@ def test_input_noise_is_added_to_the_inputs_only():
     (x0, y0), (x1, y1) = seen
     assert torch.equal(y0, y1) and abs((x1 - x0).std().item() - 0.1) < 0.01
     assert not torch.equal(x0[0], x0[1]), "each member has its own batch"
+    assert (x1 - x0).std(dim=0).min() > 0.001, "and its own noise"
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_one_step_metrics_against_a_loop():
+    model = md.Ensemble(**SHAPE, learn_reward=True, skip=0)
+    x, y = (part[0] for part in batch(5))
+    y[:, 1] = 0.7  # a dimension that never changes
+    y[:, -1] = y[:, -1].round()
+    metrics = md.one_step_metrics(model, x, y)
+    output, truth = model.mlp(x.expand(4, -1, -1)).detach().numpy().astype(float), y.numpy().astype(float)
+    error = output[..., :4] - truth[:, :4]
+    assert metrics["model/holdout_mse"] == pytest.approx(np.mean(error[..., :3] ** 2))
+    assert metrics["model/reward_mse"] == pytest.approx(np.mean(error[..., 3] ** 2))
+    spread = [np.sqrt(np.mean((output[:, n, d] - output[:, n, d].mean()) ** 2)) for n in range(7) for d in range(3)]
+    assert metrics["model/disagreement"] == pytest.approx(np.mean(spread))
+    assert metrics["model/termination_accuracy"] == pytest.approx(np.mean((output[..., -1] > 0) == truth[:, -1]))
+    r2 = {d: 1 - np.mean(error[..., d].mean(0) ** 2) / np.var(truth[:, d]) for d in (0, 2)}
+    found = {tag: value for tag, value in metrics.items() if "r2" in tag}
+    assert found == pytest.approx({"model/r2": np.mean([r2[0], r2[2]]), "model/r2_0": r2[0], "model/r2_2": r2[2]})
+
+
+def test_open_loop_metrics_by_hand():
+    """The state grows by 1 a step; the first member says that it stays where it is, the second is right."""
+    model = md.Ensemble(1, 1, 2, 1, 4, "tanh", learn_reward=False, skip=0)
+    speed = torch.tensor([0.0, 1.0])[:, None, None]
+    model.predict = lambda obs, action: (obs + speed, None, None)
+    metrics = md.open_loop_metrics(model, numbered_buffer([0] * 20), torch.arange(20), torch.tensor([2.0]))
+    mse = {f"model/open_loop_mse_{horizon}": (horizon / 2) ** 2 / 2 for horizon in (1, 5, 15)}
+    assert metrics == mse | {f"model/open_loop_baseline_{horizon}": (horizon / 2) ** 2 for horizon in (1, 5, 15)}
+
+
+def test_summary_names_the_worst_dimension():
+    metrics = {"model/holdout_mse": 0.1, "model/r2": 0.5, "model/r2_0": 0.75, "model/r2_1": 0.25}
+    text = md.summary(metrics | {"model/open_loop_mse_5": 0.125, "model/open_loop_baseline_5": 1.5})
+    assert "R² 0.5000 (worst: model/r2_1 0.2500)" in text
+    assert "5 steps: 0.125 of the variance (nothing changes: 1.5)" in text
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -390,6 +505,112 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     for _ in range(2):
         md.main(tiny(tmp_path, train_steps=1))
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_the_run_folder_lies_directly_in_the_log_folder(tmp_path):
+    assert md.new_run_dir(tiny(tmp_path, env_id="module:Name/Space-v0")).parent == tmp_path / "runs"
+
+
+def test_every_training_setting_has_an_effect(tmp_path, monkeypatch):
+    monkeypatch.setattr(md.Logger, "picture", lambda *args: None)
+    start = dict(train_steps=3, data=str(tmp_path / "data.pt"))
+    run(tiny(tmp_path / "data", initial_steps=800, train_steps=1, save_data=start["data"]))
+    usual = weights(run(tiny(tmp_path / "usual", **start))[1])
+    changes = dict(learning_rate=0.1, weight_decay=0.5, input_noise=0.5, batch_size=16, train_dtype="bfloat16")
+    changes |= dict(holdout_ratio=0.6, activation="relu", train_steps=2)
+    for name, value in changes.items():
+        other = weights(run(tiny(tmp_path / name, **start | {name: value}))[1])
+        assert not torch.equal(usual["mlp.weights.0"], other["mlp.weights.0"]), name
+    run(tiny(tmp_path / "threads", **start | {"num_threads": 2}))
+    assert torch.get_num_threads() == 2
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path, monkeypatch):
+    seeds, split = [], md.split_episodes
+    monkeypatch.setattr(md, "split_episodes", lambda *args: seeds.append(args[2]) or split(*args))
+    run(tiny(tmp_path, seed=7, train_steps=1))
+    assert seeds == [7]
+
+
+def test_positions_are_hidden_from_the_model(tmp_path):
+    _, run_dir = run(tiny(tmp_path, env_id="Swimmer-v5", train_steps=1))
+    assert torch.load(run_dir / "model.pt", weights_only=True)["config"]["skip"] == 2
+
+
+def test_times_and_speed(tmp_path, monkeypatch):
+    """By a clock that only the work moves: 2 s for each collecting step, 100 s for each of the first ten gradient
+    steps, 0.5 s for each one after."""
+    clock, calls = [0.0], iter(range(10**6))
+    env_step, train_step = md.VectorEnv.step, md.train_step
+
+    def slow(seconds, function, *args):
+        clock[0] += seconds
+        return function(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(md.VectorEnv, "step", lambda *args: slow(2.0, env_step, *args))
+    monkeypatch.setattr(md, "train_step", lambda *args: slow(100.0 if next(calls) < 10 else 0.5, train_step, *args))
+    result, run_dir = run(tiny(tmp_path, train_steps=30))
+    assert result["time/env_s"] == 600 and result["time/train_s"] == 1010 and result["minutes"] == 1610 / 60
+    rows = [row for row in csv.DictReader((run_dir / "metrics.csv").open()) if row["tag"] == "charts/SPS"]
+    assert [(row["step"], float(row["value"])) for row in rows] == [("10", 0.01), ("20", 2.0), ("30", 2.0)]
+
+
+def test_a_short_run_logs_every_loss_and_its_speed(tmp_path):
+    rows = logged(run(tiny(tmp_path, train_steps=7, eval_every=100))[1])
+    assert sorted(int(row[0]) for row in rows if row[1] == "model/train_loss") == list(range(1, 8))
+    rows = list(csv.DictReader((next((tmp_path / "runs").iterdir()) / "metrics.csv").open()))
+    assert [float(row["value"]) > 0 for row in rows if row["tag"] == "charts/SPS"] == [True]
+
+
+def test_checkpoints_come_on_time_whatever_the_number_of_environments(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(md.Checkpointer, "save", lambda self: sizes.append(self.parts["buffer"].size))
+    run(tiny(tmp_path, num_envs=4, initial_steps=59, checkpoint_every=10, train_steps=1))
+    assert sizes == [12, 20, 32, 40, 52, 60, 60], "the last one is that of the finished run"
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    def full_disk(contents, path):
+        Path(path).write_bytes(b"half a file")
+        raise OSError
+
+    md.save_file(tmp_path / "file.pt", {"number": 1})
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        md.save_file(tmp_path / "file.pt", {"number": 2})
+    assert torch.load(tmp_path / "file.pt", weights_only=True) == {"number": 1}
+
+
+def test_signals_are_taken_and_given_back(tmp_path):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with md.Checkpointer(tmp_path, {}, {}) as checkpointer:
+        signal.raise_signal(signal.SIGTERM)
+        assert checkpointer.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):  # asked twice
+            signal.raise_signal(signal.SIGINT)
+    assert handlers() == before
+
+
+def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
+    clock = iter([0.0, 5.0, 7.0, 100.0, 110.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    first = md.Checkpointer(tmp_path, {"seconds": 0.0}, {})
+    first.save()
+    first.save()
+    second = md.Checkpointer(tmp_path, {"seconds": 0.0}, {})
+    second.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    second.save()
+    assert first.progress["seconds"] == 7 and second.progress["seconds"] == 17
+
+
+def tensorboard(run_dir: Path, tag: str) -> list[int]:
+    """The steps at which TensorBoard shows this tag."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0}).Reload()
+    return [event.step for event in (events.Images(tag) if tag.startswith("pictures") else events.Scalars(tag))]
 
 
 def interrupt_at(monkeypatch, function: str, call: int, stop) -> None:
@@ -467,16 +688,24 @@ def test_a_process_killed_for_real_resumes_exactly(tmp_path):
     assert process.wait() == -signal.SIGKILL
     run_dir = next(Path(args.log_dir).iterdir())
     assert not (run_dir / "result.json").exists()
+    time.sleep(1)  # TensorBoard reads a folder's files in the order of the second they were started in
     md.main(md.parse_args(["--resume", str(run_dir)]))
     _, whole = run(dataclasses.replace(args, log_dir=str(tmp_path / "whole")))
     assert same(weights(run_dir), weights(whole)) and logged(run_dir) == logged(whole)
+    assert tensorboard(run_dir, "model/train_loss") == list(range(1, 3001)), "nothing twice, nothing missing"
+    assert tensorboard(run_dir, "model/holdout_mse") == list(range(500, 3001, 500))
+    assert all(tensorboard(run_dir, f"pictures/{name}") == [3000] for name in ("loss_curve", "predictions"))
 
 
 def test_a_finished_run_can_be_trained_further(tmp_path):
     _, whole = run(tiny(tmp_path / "whole", train_steps=40))
     _, run_dir = run(tiny(tmp_path / "short", train_steps=30))
-    md.main(md.parse_args(["--resume", str(run_dir), "--train-steps", "40"]))
+    file, unchanged = str(tmp_path / "data.pt"), dataclasses.replace(md.load_args(str(run_dir)), train_steps=40)
+    resume = ["--resume", str(run_dir), "--train-steps", "40", "--checkpoint-every", "7", "--save-data", file]
+    md.main(md.parse_args(resume))
     assert same(weights(run_dir), weights(whole))
+    assert len(torch.load(file, weights_only=True)["obs"]) == 600
+    assert md.load_args(str(run_dir)) == dataclasses.replace(unchanged, checkpoint_every=7, save_data=file)
 
 
 def test_saved_data_trains_the_same_model(tmp_path):
@@ -486,6 +715,15 @@ def test_saved_data_trains_the_same_model(tmp_path):
     assert same(weights(collected), weights(loaded))
     data = torch.load(file, weights_only=True)
     assert data["env_id"] == "Pendulum-v1" and len(data["obs"]) == 600 and len(data["episode"].unique()) == 4
+    returns = [data["reward"][data["episode"] == number].sum().item() for number in (0, 1)]  # the finished ones
+    charts = {row[1]: float(row[2]) for row in logged(collected) if row[1].startswith("charts")}
+    assert charts == pytest.approx({"charts/episodic_return": np.mean(returns), "charts/episodic_length": 200})
+
+
+def test_steps_are_rounded_up_to_whole_rounds_of_all_environments(tmp_path):
+    run(tiny(tmp_path, env_id="Counter-v0", num_envs=7, initial_steps=64, save_data=str(tmp_path / "data.pt")))
+    data = torch.load(tmp_path / "data.pt", weights_only=True)
+    assert data["obs"][:, 0].tolist() == [step % 5 for step in range(10) for _ in range(7)], "nothing overwritten"
 
 
 def test_the_saved_model_loads_on_its_own_and_predicts_the_same(tmp_path):
@@ -500,6 +738,7 @@ def test_the_saved_model_loads_on_its_own_and_predicts_the_same(tmp_path):
         assert line in (md.__doc__ or ""), "the docstring shows these lines"
     fresh = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     model = md.load_model(run_dir / "model.pt")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     predicted = model.predict(torch.zeros(2, 1, 3), torch.ones(2, 1, 1))
     assert json.loads(fresh.stdout) == [part.tolist() for part in predicted]
 
@@ -509,6 +748,8 @@ def test_known_reward_is_used_where_there_is_one(tmp_path):
         args = tiny(tmp_path / reward, env_id="envs:Obstacles-v0", reward=reward, train_steps=1)
         assert torch.load(run(args)[1] / "model.pt", weights_only=True)["config"]["learn_reward"] is learned
     assert torch.load(run(tiny(tmp_path))[1] / "model.pt", weights_only=True)["config"]["learn_reward"] is True
+    half = SimpleNamespace(batch_reward=lambda obs, action, next_obs: 0)
+    assert not md.has_known_reward(SimpleNamespace(unwrapped=half)), "it takes both formulas"
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -529,6 +770,15 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert saved["progress"]["step"] == 10 and all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+def test_weights_are_checked_even_if_the_losses_are_finite(tmp_path):
+    model = md.Ensemble(**SHAPE, learn_reward=False, skip=0)
+    md.check_finite(torch.zeros(1, 4), model, 3, tmp_path)
+    with torch.no_grad():
+        model.mlp.biases[1][2] = float("inf")
+    with pytest.raises(SystemExit, match=r"non-finite mlp.biases.1 .* step 3; there is no checkpoint yet"):
+        md.check_finite(torch.zeros(1, 4), model, 3, tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -541,8 +791,16 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
         ({"env_id": "Blackjack-v1"}, "observation space must be a Box"),
         ({"ensemble_size": 0}, "--ensemble-size must be at least 1"),
         ({"reward": "known"}, "--reward known: Pendulum-v1"),
+        ({"initial_steps": 1}, "--initial-steps must be at least 2"),
+        ({"weight_decay": -1.0}, "--weight-decay must be at least 0"),
+        ({"input_noise": float("inf")}, "--input-noise must be at least 0"),
+        ({"input_noise": float("nan")}, "--input-noise must be at least 0"),
+        ({"activation": "selu"}, "--activation must be one of tanh, relu, silu"),
+        ({"holdout_ratio": 0.0}, "--holdout-ratio"),
         ({"holdout_ratio": 1.0}, "--holdout-ratio"),
         ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"learning_rate": float("inf")}, "--learning-rate"),
+        ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"save_data": "/no/such/folder/data.pt"}, "--save-data"),
         ({"save_data": "."}, "--save-data"),
         ({"log_dir": __file__}, "--log-dir"),
@@ -649,6 +907,8 @@ def test_bad_checkpoints(tmp_path, capfd):
     checkpoint = run_dir / "checkpoint.pt"
     torch.save({"script": "a2c"}, checkpoint)
     assert "written by a2c.py" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
+    torch.save({"script": Path("code")}, checkpoint)  # a pickle that could run any code is not even opened
+    assert "not a checkpoint" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     assert "not a checkpoint" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
     checkpoint.unlink()

@@ -842,6 +842,10 @@ class Checkpointer:
         """Call after every step, with everything of that step done."""
         if due or self.signal:
             self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
         if self.signal:
             print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
             sys.exit(128 + self.signal)

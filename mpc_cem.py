@@ -857,10 +857,30 @@ def faster_dtype(device: torch.device) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
+@torch.no_grad()
+def refresh(fast: DynamicsModel, model: DynamicsModel) -> None:
+    """The model's weights, in the precision of the planner's copy.
+
+    tanh(z) = 2σ(2z) - 1, and σ costs a CPU a third of tanh, which is a third of a plan: the copy of a tanh network has
+    its weights scaled and shifted so that σ takes tanh's place. It computes the same function.
+    """
+    fast.load_state_dict(model.state_dict())
+    if model.mlp.activation is torch.tanh:
+        fast.mlp.activation = torch.sigmoid
+        for layer, (weight, bias) in enumerate(zip(model.mlp.weights, model.mlp.biases, strict=True)):
+            if layer > 0:  # what comes in is 2σ - 1
+                bias, weight = bias - weight.sum(dim=1, keepdim=True), 2 * weight
+            if layer < len(model.mlp.weights) - 1:  # what goes out goes into σ(2z)
+                bias, weight = 2 * bias, 2 * weight
+            fast.mlp.weights[layer].copy_(weight)
+            fast.mlp.biases[layer].copy_(bias)
+
+
 def planning_copy(model: DynamicsModel, dtype: str) -> DynamicsModel:
-    """The same model with its weights in the planner's precision."""
+    """The same model for the planner, with its weights in another precision."""
     fast = copy.deepcopy(model).requires_grad_(False)
     fast.mlp.to(getattr(torch, dtype))
+    refresh(fast, model)
     return fast
 
 
@@ -913,7 +933,12 @@ def describe(metrics: dict[str, float], returns: list[float]) -> str:
 
 
 def evaluate(
-    args: Args, make_planner: Callable[[VectorEnv], Planner], episodes: int, device: torch.device, video: Path | None
+    args: Args,
+    make_planner: Callable[[VectorEnv], Planner],
+    episodes: int,
+    device: torch.device,
+    video: Path | None,
+    leave: Callable[[], None],
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, side by side in one planning call a step; the same seeds each time, none of them trained on."""
     if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
@@ -926,6 +951,7 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while alive[-1].any():
+            leave()
             action, promise = planner(torch.from_numpy(envs.obs).to(device))
             if video and alive[-1][0]:
                 frames.append(envs.envs[0].render())
@@ -1053,6 +1079,10 @@ class Checkpointer:
         """Call after every step, with everything of that step done."""
         if due or self.signal:
             self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
         if self.signal:
             print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
             sys.exit(128 + self.signal)
@@ -1227,9 +1257,9 @@ def main(args: Args) -> dict[str, float]:
         if checkpoint:
             checkpointer.restore(checkpoint)
         if args.eval_only:
-            fast.load_state_dict(model.state_dict())
+            refresh(fast, model)
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            again, returns = evaluate(args, make_planner, args.eval_episodes, device, video)
+            again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)
             print(f"{run_dir}: {describe(again, returns)}")
             return again
         log = Logger(run_dir, args, buffer.size if checkpoint else None)
@@ -1241,11 +1271,12 @@ def main(args: Args) -> dict[str, float]:
         while True:
             iteration, last = progress["iteration"], progress["iteration"] >= args.num_iterations - 1
             fit_model(args, model, optimizer, buffer, log, checkpointer)
-            fast.load_state_dict(model.state_dict())
+            refresh(fast, model)
             if not progress["evaluated"]:
+                checkpointer.save()
                 video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
                 episodes = args.eval_episodes if last else args.interim_episodes
-                progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video)
+                progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
                 log.scalars(progress["metrics"], buffer.size)
                 print(f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}")
                 progress["evaluated"] = True

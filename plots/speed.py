@@ -17,7 +17,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ sys.path.insert(0, str(ROOT))  # the scripts are measured from outside, as a use
 from figures import refresh_readme  # noqa: E402  (beside this file)
 
 import mbrl_dynamics  # noqa: E402
+import mpc_cem  # noqa: E402
+import mpc_random_shooting  # noqa: E402
 
 REFERENCE_GFLOPS = 230.0  # float32 matrix products of the reference machine (2-core Zen 5), where its figures are from
 
@@ -146,6 +150,111 @@ def training_row(scale: float) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Planning: K 1000, H 15, 3 members of 2×250 tanh, PostureCheetah-v0; CEM sweeps the candidates four times
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOW, HIGH = -torch.ones(6), torch.ones(6)
+
+
+def posture_reward(next_obs: np.ndarray) -> np.ndarray:
+    """PostureCheetah's, in numpy, as a course solution would have it."""
+    faults = (next_obs[:, 6] > 0.2).astype(float) + (next_obs[:, 7] > 0) + (next_obs[:, 8] > 0)
+    return next_obs[:, 9] - 10 * faults
+
+
+def course_returns(model: mpc_cem.Ensemble) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Returns of candidates (K, H, A) in the course's style: a loop over members, numpy between the steps."""
+    members = []
+    for member in range(model.ensemble_size):
+        layers: list[torch.nn.Module] = []
+        for weight, bias in zip(model.mlp.weights, model.mlp.biases, strict=True):
+            layer = torch.nn.Linear(*weight.shape[1:])
+            layer.weight.data, layer.bias.data = weight[member].T.contiguous(), bias[member, 0].clone()
+            layers += [layer, torch.nn.Tanh()]
+        members.append(torch.nn.Sequential(*layers[:-1]))
+    x_mean, x_std = model.input_normaliser.mean, model.input_normaliser.std
+    y_mean, y_std = model.target_normaliser.mean, model.target_normaliser.std
+
+    @torch.no_grad()
+    def returns(obs: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        total = np.zeros((len(members), len(candidates)), np.float32)
+        states = [np.tile(obs, (len(candidates), 1)) for _ in members]
+        for t in range(candidates.shape[1]):
+            for number, member in enumerate(members):
+                state, action = torch.from_numpy(states[number]), torch.from_numpy(candidates[:, t])
+                inputs = (torch.cat([state, action], dim=1) - x_mean) / x_std
+                states[number] = (state + member(inputs) * y_std + y_mean).numpy()
+                total[number] += posture_reward(states[number])
+        return total.mean(axis=0)
+
+    return returns
+
+
+def course_shooting(returns: Callable[[np.ndarray, np.ndarray], np.ndarray], obs: np.ndarray) -> np.ndarray:
+    candidates = (LOW + (HIGH - LOW) * torch.rand(1000, 15, 6)).numpy()
+    return candidates[returns(obs, candidates).argmax(), 0]
+
+
+def course_cem(returns: Callable[[np.ndarray, np.ndarray], np.ndarray], obs: np.ndarray) -> np.ndarray:
+    mean, std = np.zeros((15, 6)), np.ones((15, 6))
+    for iteration in range(4):
+        if iteration == 0:
+            candidates = (LOW + (HIGH - LOW) * torch.rand(1000, 15, 6)).numpy()
+        else:
+            noise = torch.randn(1000, 6, 15).transpose(-1, -2).numpy()
+            candidates = np.clip(mean + std * noise, -1, 1).astype(np.float32)
+        elites = candidates[np.argsort(returns(obs, candidates))[-5:]]
+        mean, std = elites.mean(axis=0), elites.std(axis=0)
+    return mean[0]
+
+
+def planning_rows(scale: float, compile: bool) -> list[dict[str, str]]:
+    """Plans per second. Every float32 way must choose the same action on the same random numbers."""
+    torch.manual_seed(0)
+    model = mpc_cem.Ensemble(21, 6, 3, 2, 250, "tanh", learn_reward=False, skip=0).requires_grad_(False)
+    buffer = posture_data(2_000)
+    model.regression_data(buffer, torch.arange(buffer.size), fit=True)
+    env: Any = mbrl_dynamics.make_env("envs:PostureCheetah-v0").unwrapped
+    formulas, obs = (env.batch_reward, env.batch_terminated), buffer.obs[:1]
+    returns = course_returns(model)
+    course = {"horizon": 15, "num_candidates": 1000, "planner_dtype": "float32"}
+    cem = course | {"start": "uniform", "num_elites": 5, "cem_alpha": 1.0, "noise_beta": 0.0, "keep_elites": 0.0}
+    cem |= {"shift_plan": False, "candidate_decay": 1.0, "mean_candidate": False, "cem_iterations": 4}
+    works = (
+        ("random-shooting plan", mpc_random_shooting, course, lambda: course_shooting(returns, obs[0].numpy()), 67, 1),
+        ("CEM plan, 4 iterations", mpc_cem, cem, lambda: course_cem(returns, obs[0].numpy()), 256, 4),
+    )
+    rows = []
+    for work, script, settings, baseline, reference_ms, sweeps in works:
+        ways: dict[str, Callable[[], Any]] = {"course: loop over members, numpy": baseline}
+        for dtype in ("float32", "bfloat16"):
+            fast = script.planning_copy(model, dtype)
+            imagine = partial(script.imagined_returns, fast, formulas, 1.0)
+            for compiled in (False, True) if compile else (False,):
+                args = script.Args(**settings, compile=compiled)
+                planner = script.Planner(args, imagine, LOW, HIGH, 1)
+                name = f"{script.__name__}.py {dtype}{', --compile' if compiled else ''}"
+                ways[name] = partial(planner, obs)
+        torch.manual_seed(1)
+        chosen = torch.from_numpy(np.asarray(baseline(), np.float32))
+        torch.manual_seed(1)
+        same = (ways[f"{script.__name__}.py float32"]()[0][0] - chosen).abs().max().item()
+        if same > 1e-4:
+            sys.exit(f"{work}: the float32 plan differs from the baseline's by {same}")
+        seconds = medians(ways, rounds=9, calls=3)
+        flops = sweeps * 15 * 2 * 3 * 1000 * (27 * 250 + 250 * 250 + 250 * 21)
+        for name in ways:
+            ratio = next(iter(seconds.values())) / seconds[name]
+            rows.append(row(f"{work}, K 1000, H 15", name, 1 / seconds[name], "plans/s", ratio, flops / seconds[name]))
+            target = "6" if "compile" in name else "4" if "bfloat16" in name else "1.5"
+            rows[-1] |= {"target ratio": target, "held-out MSE": ""}
+            if "float32, --compile" in name:
+                rows[-1]["target ratio"] = ""
+        check_baseline(rows[-len(ways)], 1 / next(iter(seconds.values())), 1000 / reference_ms * scale)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def row(work: str, way: str, speed: float, unit: str, ratio: float, flops: float) -> dict[str, str]:
@@ -168,6 +277,7 @@ def check_baseline(baseline: dict[str, str], speed: float, expected: float) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the scripts against named baselines.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile (some minutes more)")
     parser.add_argument("--no-save", action="store_true", help="print only, leave plots/speed.csv alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -175,7 +285,8 @@ def main() -> None:
     machine = f"{cpu_name()}, {args.threads} threads, PyTorch {torch.__version__}; matrix products reach "
     machine += f"{gflops[torch.float32]:.0f} GFLOP/s in float32, {gflops[torch.bfloat16]:.0f} in bfloat16"
     print(machine)
-    rows = training_row(gflops[torch.float32] / REFERENCE_GFLOPS)
+    scale = gflops[torch.float32] / REFERENCE_GFLOPS
+    rows = training_row(scale) + planning_rows(scale, args.compile)
     for each in rows:
         print(" | ".join(each.values()))
     if not args.no_save:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -259,19 +260,24 @@ def test_what_is_executed(execute):
     assert not torch.equal(mean[:, 0], elites[:, 0, 0])
 
 
-def test_bfloat16_plans_choose_nearly_the_same():
+@pytest.mark.parametrize("activation", ["tanh", "relu", "silu"])
+def test_the_planners_copy_is_the_same_model(activation):
+    """Exactly in float32 (where tanh becomes a sigmoid), nearly in bfloat16, and after every fit."""
     torch.manual_seed(0)
-    model = rs.Ensemble(D, A, 3, 2, 64, "silu", False, 0)
+    model = rs.Ensemble(D, A, 3, 2, 64, activation, False, 0)
     obs, candidates = torch.randn(B, D), torch.randn(B, 200, H, A)
-    returns = [
-        rs.imagined_returns(
-            rs.planning_copy(model, dtype), (toy_reward, lambda s: s[..., 0] > 1e9), 1.0, obs, candidates
-        )
-        for dtype in ("float32", "bfloat16")
-    ]
-    assert returns[1].dtype == torch.float32
-    for exact, rough in zip(*returns, strict=True):
-        assert np.corrcoef(exact, rough)[0, 1] > 0.999
+    exact, rough = rs.planning_copy(model, "float32"), rs.planning_copy(model, "bfloat16")
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    returns = []
+    for copy in (model, exact, rough):
+        if copy is not model:
+            rs.refresh(copy, model)
+        returns.append(rs.imagined_returns(copy, (toy_reward, lambda s: s[..., 0] > 1e9), 1.0, obs, candidates))
+    torch.testing.assert_close(returns[1], returns[0], atol=1e-4, rtol=1e-4)
+    assert returns[2].dtype == torch.float32 and not torch.equal(returns[2], returns[0])
+    for one, two in zip(returns[0].detach(), returns[2], strict=True):
+        assert np.corrcoef(one, two)[0, 1] > 0.999
 
 
 def test_true_dynamics_predict_what_the_simulator_does():
@@ -336,6 +342,24 @@ def test_killed_and_resumed_equals_never_stopped(script, tmp_path, monkeypatch, 
         stop_at(patch, script, place, call)
         with pytest.raises(MemoryError):
             script.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    script.main(script.parse_args(["--resume", str(run_dir)]))
+    one, two = model_state(whole), model_state(run_dir)
+    assert all(torch.equal(one[name], two[name]) for name in one) and logged(run_dir) == logged(whole)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("call", [3, 20])
+def test_stopped_while_evaluating_or_acting_and_resumed_equals_never_stopped(script, tmp_path, monkeypatch, call):
+    _, whole = run(script, tiny(script, tmp_path / "whole"))
+    args = tiny(script, tmp_path / "stopped")
+    act, calls = script.Planner.__call__, iter(range(10**6))
+    with monkeypatch.context() as patch:
+        stop = lambda *a: (next(calls) == call and signal.raise_signal(signal.SIGTERM)) or act(*a)  # noqa: E731
+        patch.setattr(script.Planner, "__call__", stop)
+        with pytest.raises(SystemExit) as exit:
+            script.main(args)
+    assert exit.value.code == 128 + signal.SIGTERM and next(calls) == call + 1, "it leaves at once"
     run_dir = next(Path(args.log_dir).iterdir())
     script.main(script.parse_args(["--resume", str(run_dir)]))
     one, two = model_state(whole), model_state(run_dir)

@@ -719,7 +719,7 @@ def draw_predictions(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, s
     obs, action, truth = windows(buffer, rows, lengths[-1] if lengths else 1, 1)
     predicted = torch.cat([obs.expand(model.ensemble_size, 1, -1), open_loop(model, obs, action)[:, 0]], dim=1).cpu()
     true = torch.cat([obs, truth[0]]).cpu()  # (H + 1, D)
-    error = (((predicted - true) / scale.cpu()).square().mean()).item()
+    error = ((predicted - true) / scale.cpu())[:, 1:].square().mean().item()
     shown = min(6, model.obs_dim)
     figure = Figure(figsize=(10, 2.2 * -(-shown // 2) + 0.6), layout="constrained")
     for dim, axes in enumerate(figure.subplots(-(-shown // 2), 2, sharex=True, squeeze=False).flat[:shown]):
@@ -774,6 +774,7 @@ class Logger:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--log-dir {args.log_dir}: {error}")
+        (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
         rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
@@ -944,7 +945,8 @@ def fit(args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, trai
             metrics["charts/SPS"] = 1 / float(np.mean(durations[10:] or durations))  # the first ten warm up
             log.scalars(metrics, step)
             bar.set_postfix(loss=f"{loss:.4f}", holdout=f"{metrics['model/holdout_mse']:.4f}")
-        checkpointer.step(due=save)
+        if not pending:  # a signal that came since then waits for the next step: nothing is saved unread
+            checkpointer.step(due=save)
     bar.close()
 
 

@@ -870,6 +870,7 @@ class Logger:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--log-dir {args.log_dir}: {error}")
+        (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
         rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
@@ -1011,13 +1012,15 @@ def fit_model(
         progress["fit_step"] = step = progress["fit_step"] + 1
         loss = train_step(model, optimizer, x, y, args.batch_size, args.input_noise, dtype)  # (E,)
         save, last = step % args.checkpoint_every == 0, step == args.train_steps
-        if save or last or checkpointer.signal or step % 50 == 0:  # not at every step: reading makes a GPU wait
+        read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
+        if read:
             check_finite(loss, model, step, checkpointer.run_dir)
         if last:
             seconds = time.perf_counter() - begin
             log.scalars({"model/train_loss": loss.mean().item(), "time/train_s": seconds}, buffer.size)
         bar.update()
-        checkpointer.step(due=save)
+        if read:  # what has not been checked is not saved
+            checkpointer.step(due=save)
     bar.close()
 
 

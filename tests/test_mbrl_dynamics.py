@@ -779,6 +779,32 @@ def test_weights_are_checked_even_if_the_losses_are_finite(tmp_path):
         md.check_finite(torch.zeros(1, 4), model, 3, tmp_path)
 
 
+def test_a_signal_that_comes_after_the_losses_were_left_unread_loses_none(tmp_path, monkeypatch):
+    _, whole = run(tiny(tmp_path / "whole"))
+    args, update = tiny(tmp_path / "stopped"), md.tqdm.update
+
+    def late(bar, n=1):
+        if bar.desc == "train" and bar.n == 16:
+            signal.raise_signal(signal.SIGTERM)
+        return update(bar, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(md.tqdm, "update", late)
+        with pytest.raises(SystemExit):
+            md.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    md.main(md.parse_args(["--resume", str(run_dir)]))
+    assert same(weights(run_dir), weights(whole)) and logged(run_dir) == logged(whole)
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(tmp_path, monkeypatch):
+    _, run_dir = run(tiny(tmp_path))
+    interrupt_at(monkeypatch, "train_step", 3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        md.main(md.parse_args(["--resume", str(run_dir), "--train-steps", "60"]))
+    assert not (run_dir / "result.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -1175,8 +1175,10 @@ def collect(
     bar = tqdm(total=target, initial=first, desc="act" if planner else "random", unit="step", leave=False)
     while buffer.size < target:
         begin = time.perf_counter()
-        obs, episode, action = envs.obs, envs.episode, envs.random_action()
-        if planner:
+        obs, episode = envs.obs, envs.episode
+        if planner is None:
+            action = envs.random_action()
+        else:
             action = planner(torch.from_numpy(obs).to(buffer.obs.device))[0].cpu().numpy()
             plan_times.append(time.perf_counter() - begin)
         next_obs, reward, terminated = envs.step(action)

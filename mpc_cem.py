@@ -695,18 +695,26 @@ def imagined_returns(
     """Equation 2: roll every candidate (B, K, H, A) out from obs (B, D) in every member; mean returns (B, K)."""
     B, K, H, A = candidates.shape
     E = model.ensemble_size
-    state = obs[:, None].expand(B, K, -1).reshape(1, B * K, -1).expand(E, -1, -1)  # (E, B * K, D)
-    returns, alive = torch.zeros(E, B * K, device=obs.device), torch.ones(E, B * K, device=obs.device)
-    for t in range(H):
-        action = candidates[:, :, t].reshape(1, B * K, A).expand(E, -1, -1)  # (E, B * K, A)
-        next_state, reward, over = model.predict(state, action)
-        if formulas:
-            reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
-        assert reward is not None and over is not None
-        returns = returns + gamma**t * alive * reward
-        alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
-        state = next_state
-    return returns.mean(dim=0).view(B, K)
+    # A CPU takes this many rollouts at a time, so that their activations stay in its cache; a GPU takes them all.
+    group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, 4096 // E)
+    found = []
+    for start, plans in zip(
+        obs.repeat_interleave(K, dim=0).split(group), candidates.reshape(B * K, H, A).split(group), strict=True
+    ):
+        N = len(plans)
+        state = start.expand(E, -1, -1)  # (E, N, D)
+        returns, alive = torch.zeros(E, N, device=obs.device), torch.ones(E, N, device=obs.device)
+        for t in range(H):
+            action = plans[:, t].expand(E, -1, -1)  # (E, N, A)
+            next_state, reward, over = model.predict(state, action)
+            if formulas:
+                reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
+            assert reward is not None and over is not None
+            returns = returns + gamma**t * alive * reward
+            alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
+            state = next_state
+        found.append(returns.mean(dim=0))
+    return torch.cat(found).view(B, K)
 
 
 def rank_last(returns: Tensor) -> Tensor:

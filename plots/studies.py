@@ -131,6 +131,42 @@ COURSE = (
     " --batch-size 512 --input-noise 0.01"
 )
 RETURN = Column("return", "eval/episodic_return")
+PLAN_MS = Column("plan, ms", "time/plan_ms", "mean")
+RS = "python mpc_random_shooting.py --env-id envs:"
+# The course's CEM: uniform first iteration, the elites alone make the next Gaussian, nothing is remembered.
+CEM = (
+    "python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan"
+    " --candidate-decay 1 --no-mean-candidate --horizon {horizon} --num-candidates {candidates}"
+    " --cem-iterations {iterations} --env-id envs:"
+)
+
+
+def course_cem(horizon: int = 15, candidates: str = "1_000", iterations: int = 4) -> str:
+    return CEM.format(horizon=horizon, candidates=candidates, iterations=iterations)
+
+
+REACHER = f"Reacher7DoF-v0 --steps-per-iteration 800 --train-steps 1_000 --num-iterations 15 {COURSE}"
+POSTURE = f"PostureCheetah-v0 --train-steps 1_500 {COURSE}"
+
+
+def q4_run(
+    name: str, label: str, minutes: float, ensemble: int = 3, candidates: str = "1_000", horizon: int = 10
+) -> Run:
+    """Reacher7DoF-v0 with one setting changed."""
+    command = f"{RS}{REACHER.replace('--ensemble-size 3', f'--ensemble-size {ensemble}')}"
+    command += f" --num-candidates {candidates} --horizon {horizon}"
+    return Run(name=name, command=command, minutes=minutes, label=label)
+
+
+def any_run(name: str, env_id: str, iterations: int, minutes: float, reported: str, target: str) -> Run:
+    """The default command. Fewer iterations than its ten change nothing in those that are run."""
+    command = f"python mpc_cem.py --env-id {env_id} --num-iterations {iterations} --eval-episodes 20"
+    return Run(name=name, command=command, minutes=minutes, label=env_id, reported=reported, target=target)
+
+
+def return_panel(title: str, *runs: str, reported: tuple[Reported, ...] = ()) -> Panel:
+    return Panel(tag="eval/episodic_return", y_label="evaluation return", title=title, runs=runs, reported=reported)
+
 
 STUDIES: tuple[Study, ...] = (
     Study(
@@ -227,6 +263,230 @@ STUDIES: tuple[Study, ...] = (
             Column("std over episodes", "eval/episodic_return_std"),
             Column("length", "eval/episodic_length"),
         ),
+    ),
+    Study(
+        name="q3",
+        title="Random shooting with on-policy data",
+        shows="The same planner, but the model is fitted again on what the planner's own actions led to.",
+        runs=(
+            Run(
+                name="obstacles",
+                command=f"{RS}Obstacles-v0 --horizon 10 --num-candidates 1_000 --initial-steps 5_000"
+                f" --steps-per-iteration 1_000 --train-steps 20 --num-iterations 12 --eval-episodes 100 {COURSE}",
+                minutes=14,
+                label="Obstacles-v0",
+                reported="−25…−20 (handout), −21, −17.75",
+                target="≥ −17.75",
+            ),
+            Run(
+                name="reacher",
+                command=f"{RS}Reacher7DoF-v0 --horizon 10 --num-candidates 1_000 --steps-per-iteration 5_000"
+                f" --train-steps 1_000 --num-iterations 15 {COURSE}",
+                minutes=60,
+                label="Reacher7DoF-v0",
+                reported="−300…−250 (handout), −273, −258.87",
+                target="≥ −258",
+            ),
+            Run(
+                name="posture",
+                command=f"{RS}{POSTURE} --horizon 15 --num-candidates 1_000 --num-iterations 20",
+                minutes=115,
+                label="PostureCheetah-v0",
+                reported="250…350 (handout), 297, 419.8",
+                target="≥ 420",
+            ),
+        ),
+        panels=(
+            return_panel("Obstacles-v0", "obstacles", reported=(Reported("best", -17.75, "reported"),)),
+            return_panel("Reacher7DoF-v0", "reacher", reported=(Reported("best", -258.87, "reported"),)),
+            return_panel("PostureCheetah-v0", "posture", reported=(Reported("best", 419.8, "reported"),)),
+        ),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="q5",
+        title="Random shooting and CEM on PostureCheetah-v0",
+        shows="What refining the candidates buys, with the same model, data and number of candidates.",
+        runs=(
+            Run(
+                name="rs",
+                command=f"{RS}{POSTURE} --horizon 15 --num-candidates 1_000 --num-iterations 5",
+                minutes=35,
+                label="random shooting",
+            ),
+            Run(
+                name="cem2",
+                command=f"{course_cem(iterations=2)}{POSTURE} --num-iterations 5",
+                minutes=65,
+                label="CEM, 2 iterations",
+                target="between the other two",
+            ),
+            Run(
+                name="cem4",
+                command=f"{course_cem()}{POSTURE} --num-iterations 5",
+                minutes=120,
+                label="CEM, 4 iterations",
+                reported="≥ 800 (handout)",
+                target="≥ 1000",
+            ),
+        ),
+        panels=(return_panel("", reported=(Reported("CEM", 800, "course handout"),)),),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="best-posture",
+        title="The refined planner on PostureCheetah-v0",
+        shows="The defaults of mpc_cem.py against the course's CEM: less time a step, more return.",
+        runs=(
+            Run(
+                name="500",
+                command="python mpc_cem.py --env-id envs:PostureCheetah-v0 --num-iterations 5",
+                minutes=45,
+                label="mpc_cem.py as it is",
+                reported="1587 (a trial)",
+                target="≥ 2 × the course's CEM in half its time",
+            ),
+            Run(
+                name="cem4",
+                exp_name="q5-cem4",
+                command=f"{course_cem()}{POSTURE} --num-iterations 5",
+                minutes=120,
+                label="the course's CEM, 4 iterations",
+            ),
+            Run(
+                name="1000",
+                command="python mpc_cem.py --env-id envs:PostureCheetah-v0 --max-episode-steps 1_000"
+                " --num-iterations 5",
+                minutes=65,
+                label="mpc_cem.py, 1000-step episodes",
+                reported="2303 ± 43 (the course's CEM)",
+                target="≥ 4600",
+            ),
+        ),
+        panels=(
+            return_panel("500-step episodes", "500", "cem4"),
+            return_panel("1000-step episodes", "1000", reported=(Reported("the course's CEM", 2303, "reported"),)),
+        ),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="any",
+        title="`python mpc_cem.py --env-id X` and nothing else",
+        shows="One set of defaults on five tasks.",
+        runs=(
+            any_run("pendulum", "Pendulum-v1", 2, 20, "−1331 (random actions)", "≥ −250"),
+            any_run("reacher", "Reacher-v5", 3, 30, "−41 (random actions)", "≥ −7"),
+            any_run("pusher", "Pusher-v5", 3, 30, "−150 (random actions)", "≥ −45"),
+            any_run("inverted-pendulum", "InvertedPendulum-v5", 2, 40, "5 (random actions)", "≥ 990"),
+            any_run("hopper", "Hopper-v5", 6, 60, "28 (random actions)", "≥ 800"),
+        ),
+        panels=(
+            return_panel("Pendulum-v1", "pendulum"),
+            return_panel("Reacher-v5", "reacher"),
+            return_panel("Pusher-v5", "pusher"),
+            return_panel("InvertedPendulum-v5", "inverted-pendulum"),
+            return_panel("Hopper-v5", "hopper"),
+        ),
+        columns=(RETURN, Column("std over episodes", "eval/episodic_return_std"), PLAN_MS),
+    ),
+    Study(
+        name="hw6",
+        title="PostureCheetah-v0 with episodes of 1,000 steps",
+        shows="CEM against random shooting, and what becomes of CEM with one step of foresight or with 50 candidates.",
+        runs=(
+            Run(
+                name="cem-h1",
+                command=f"{course_cem(horizon=1)}{POSTURE} --max-episode-steps 1_000 --num-iterations 5",
+                minutes=12,
+                label="CEM, H = 1",
+                reported="−22422 ± 10190",
+                target="< −5000 (the collapse is the finding)",
+            ),
+            Run(
+                name="cem-k50",
+                command=f"{course_cem(candidates='50')}{POSTURE} --max-episode-steps 1_000 --num-iterations 5",
+                minutes=25,
+                label="CEM, K = 50",
+                reported="1282 ± 59",
+                target="≥ 1282",
+            ),
+            Run(
+                name="cem",
+                command=f"{course_cem()}{POSTURE} --max-episode-steps 1_000 --num-iterations 5",
+                minutes=150,
+                label="CEM",
+                reported="2303 ± 43",
+                target="≥ 2303",
+            ),
+            Run(
+                name="rs",
+                command=f"{RS}{POSTURE} --max-episode-steps 1_000 --horizon 15 --num-candidates 1_000"
+                " --num-iterations 15",
+                minutes=115,
+                label="random shooting",
+                reported="873 ± 50",
+                target="≥ 873",
+            ),
+        ),
+        panels=(
+            return_panel("1,000 candidates, H = 15", "cem", "rs", reported=(Reported("CEM", 2303, "reported"),)),
+            return_panel("CEM with less", "cem-h1", "cem-k50"),
+        ),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="q4",
+        title="Random shooting on Reacher7DoF-v0: ensemble, candidates, horizon",
+        shows="One setting at a time: members of the ensemble, candidates, horizon.",
+        runs=(
+            q4_run("base", "E = 3, K = 1000, H = 10", 18),
+            q4_run("e1", "E = 1", 10, ensemble=1),
+            q4_run("e5", "E = 5", 28, ensemble=5),
+            q4_run("k100", "K = 100", 8, candidates="100"),
+            q4_run("k4000", "K = 4000", 60, candidates="4_000"),
+            q4_run("h5", "H = 5", 11, horizon=5),
+            q4_run("h15", "H = 15", 25, horizon=15),
+            q4_run("h30", "H = 30", 45, horizon=30),
+        ),
+        panels=(
+            return_panel("Ensemble", "e1", "base", "e5"),
+            return_panel("Candidates", "k100", "base", "k4000"),
+            return_panel("Horizon", "h5", "base", "h15", "h30"),
+        ),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="p1",
+        title="Random shooting on PostureCheetah-v0 from 12,000 random steps",
+        shows="A student's variant of q3: more random data first, and 36 iterations.",
+        runs=(
+            Run(
+                name="rs",
+                command=f"{RS}{POSTURE} --horizon 15 --num-candidates 1_000 --initial-steps 12_000 --num-iterations 36",
+                minutes=205,
+                label="random shooting, 12,000 random steps",
+            ),
+        ),
+        panels=(return_panel(""),),
+        columns=(RETURN, PLAN_MS),
+        seeds=1,
+    ),
+    Study(
+        name="best-v5",
+        title="HalfCheetah-v5, 50,000 steps",
+        shows="`python mpc_cem.py --env-id HalfCheetah-v5` against what others reported on their own cheetahs.",
+        runs=(
+            Run(
+                name="default",
+                command="python mpc_cem.py --env-id HalfCheetah-v5",
+                minutes=130,
+                label="mpc_cem.py as it is",
+                reported="PETS 4204 ± 789, POPLIN-P 12228 ± 5653",
+                target="≥ 1500, then ≥ 4204",
+            ),
+        ),
+        panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),
+        columns=(RETURN, PLAN_MS),
     ),
 )
 

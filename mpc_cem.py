@@ -689,14 +689,16 @@ def check_finite(losses: Tensor, model: DynamicsModel, step: int, run_dir: Path)
         sys.exit(f"non-finite {bad[0]} at or before gradient step {step}; {last}; try a smaller --learning-rate")
 
 
+CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
+
+
 def imagined_returns(
     model: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, gamma: float, obs: Tensor, candidates: Tensor
 ) -> Tensor:
     """Equation 2: roll every candidate (B, K, H, A) out from obs (B, D) in every member; mean returns (B, K)."""
     B, K, H, A = candidates.shape
     E = model.ensemble_size
-    # A CPU takes this many rollouts at a time, so that their activations stay in its cache; a GPU takes them all.
-    group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, 4096 // E)
+    group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, CACHED_STATES // E)
     found = []
     for start, plans in zip(
         obs.repeat_interleave(K, dim=0).split(group), candidates.reshape(B * K, H, A).split(group), strict=True
@@ -1291,7 +1293,7 @@ def main(args: Args) -> dict[str, float]:
                 episodes = args.eval_episodes if last else args.interim_episodes
                 progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
                 log.scalars(progress["metrics"], buffer.size)
-                print(f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}")
+                print(f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True)
                 progress["evaluated"] = True
                 checkpointer.save()
             if last:

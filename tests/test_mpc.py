@@ -98,8 +98,9 @@ def toy_terminated(next_obs):
     return next_obs[..., 0] > 0.3
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(learned):
+@pytest.mark.parametrize("learned, states", [(False, 4096), (True, 4096), (False, 16), (True, 1)])
+def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(learned, states, monkeypatch):
+    monkeypatch.setattr(rs, "CACHED_STATES", states)  # also in groups of four candidates, and one by one
     torch.manual_seed(0)
     model = rs.Ensemble(D, A, 4, 2, 16, "tanh", learned, 0)
     model.target_normaliser.std.fill_(0.5)

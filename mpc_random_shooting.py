@@ -1145,7 +1145,9 @@ def main(args: Args) -> dict[str, float]:
                 episodes = args.eval_episodes if last else args.interim_episodes
                 progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
                 log.scalars(progress["metrics"], buffer.size)
-                print(f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True)
+                print(
+                    f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True
+                )
                 progress["evaluated"] = True
                 checkpointer.save()
             if last:

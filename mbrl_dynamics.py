@@ -862,8 +862,10 @@ def load_args(run_dir: str) -> Args:
     path = Path(run_dir) / "args.json"
     require(path.is_file(), f"--resume {run_dir}: this is no run folder (it has no args.json)")
     try:
-        return Args(**json.loads(path.read_text()))
-    except (TypeError, ValueError):
+        saved: dict[str, Any] = json.loads(path.read_text())
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return Args(**saved)
+    except (AttributeError, TypeError, ValueError):
         fail(f"--resume {run_dir}: its args.json is not from this script")
 
 

@@ -138,7 +138,7 @@ class Args:
     num_threads: int | None = None
     """CPU threads of PyTorch; None leaves its default (one per core)"""
     compile: bool = False
-    """compile the planning call with torch.compile (CUDA graphs on a GPU; needs a C++ compiler on a CPU)"""
+    """compile the hot path with torch.compile (CUDA graphs on a GPU; needs a C++ compiler on a CPU)"""
     track: bool = False
     """mirror TensorBoard to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "mbrl"
@@ -170,9 +170,9 @@ class Args:
     num_iterations: int = 10
     """how often the model is fitted and evaluated; data is collected in between"""
     eval_episodes: int = 10
-    """evaluation episodes after the last iteration"""
+    """episodes of the last evaluation, side by side"""
     interim_episodes: int = 2
-    """evaluation episodes after the other iterations"""
+    """episodes of the evaluations before it"""
     data: str | None = None
     """file of transitions (written by --save-data) to use instead of the initial random steps"""
     save_data: str | None = None
@@ -236,7 +236,7 @@ class Args:
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
     gamma: float = 1.0
-    """discount factor of the planned return; 1 sums the rewards"""
+    """discount factor; 1 sums the rewards"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
 
@@ -1109,8 +1109,10 @@ def load_args(run_dir: str) -> Args:
     path = Path(run_dir) / "args.json"
     require(path.is_file(), f"--resume {run_dir}: this is no run folder (it has no args.json)")
     try:
-        return Args(**json.loads(path.read_text()))
-    except (TypeError, ValueError):
+        saved: dict[str, Any] = json.loads(path.read_text())
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return Args(**saved)
+    except (AttributeError, TypeError, ValueError):
         fail(f"--resume {run_dir}: its args.json is not from this script")
 
 

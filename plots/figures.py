@@ -155,12 +155,30 @@ def draw_curves(axes: Axes, panel: Panel, study: Study, loaded: dict[str, list[F
             continue
         grid, values = on_common_grid(curves)
         mean, std = mean_and_std(values)
+        if panel.x_tag:  # the seeds' mean of another curve at the same steps
+            others = [seed.curves[panel.x_tag] for seed in loaded[run.name] if panel.x_tag in seed.curves]
+            grid = np.mean([np.interp(grid, other.steps, other.values) for other in others], axis=0)
         # With seven colours used up, the next seven runs are drawn dash-dotted (dashed lines are reported values).
         style = "-" if index < len(COLOURS) else "-."
         colour = COLOURS[index % len(COLOURS)]
         label = f"{run.label} (n = {len(curves)})"
         # A dot at the end: a run of a few steps would else be invisible beside one of many.
         axes.plot(grid, mean, style, color=colour, linewidth=1.8, marker="o", markersize=4, markevery=[-1], label=label)
+        axes.fill_between(grid, lower_end(values, panel.log_y), mean + std, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_tags(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]]) -> None:
+    """Mean line and ±std band over the seeds of each tag of one run."""
+    for index, (tag, label) in enumerate(panel.tags):
+        curves = [seed.curves[tag] for seed in loaded[panel.runs[0]] if tag in seed.curves]
+        if not curves:
+            continue
+        grid, values = on_common_grid(curves)
+        mean, std = mean_and_std(values)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(
+            grid, mean, color=colour, linewidth=1.8, marker="o", markersize=3, label=f"{label} (n = {len(curves)})"
+        )
         axes.fill_between(grid, lower_end(values, panel.log_y), mean + std, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -207,6 +225,8 @@ def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> 
             axes.set_yscale("log")
         if panel.series:
             draw_error_bars(axes, panel, loaded)
+        elif panel.tags:
+            draw_tags(axes, panel, loaded)
         else:
             draw_curves(axes, panel, study, loaded)
             if not panel.log_x:

@@ -81,6 +81,8 @@ class Panel:
     tag: str
     y_label: str
     x_label: str = "environment steps"
+    x_tag: str = ""
+    """A tag whose values are the x axis, such as time/minutes. Empty: the steps."""
     title: str = ""
     runs: tuple[str, ...] = ()
     """Names of the runs in this panel. Empty: all of the study."""
@@ -88,6 +90,8 @@ class Panel:
     log_y: bool = False
     reported: tuple[Reported, ...] = ()
     series: tuple[Series, ...] = ()
+    tags: tuple[tuple[str, str], ...] = ()
+    """Instead of `tag`: a curve for each (tag, label) of the first run in `runs`."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,16 @@ def any_run(name: str, env_id: str, iterations: int, minutes: float, reported: s
 def return_panel(title: str, *runs: str, reported: tuple[Reported, ...] = ()) -> Panel:
     return Panel(tag="eval/episodic_return", y_label="evaluation return", title=title, runs=runs, reported=reported)
 
+
+# The course's Dyna: deterministic members, averaged; one buffer for real and imagined steps; updates after each 5,000.
+Q6 = (
+    "python mbpo_sac.py --env-id envs:PostureCheetah-v0 --total-timesteps 50_000 --batch-size 1_500 --alpha 0.1"
+    " --real-ratio None --average-members --no-probabilistic --ensemble-size 3 --elite-members 3 --num-layers 2"
+    " --hidden-size 250 --activation tanh --model-batch-size 512 --max-train-steps 1_500 --patience None"
+    " --input-noise 0.01 --weight-decay 0 --rollouts-per-step 1 --model-every 5_000 --update-every 5_000"
+)
+# bfloat16 products: see the speed table.
+SAC = "python mbpo_sac.py --rollout-length 0 --utd-ratio 1 --train-dtype bfloat16"
 
 STUDIES: tuple[Study, ...] = (
     Study(
@@ -487,6 +501,182 @@ STUDIES: tuple[Study, ...] = (
         ),
         panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),
         columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="q6",
+        title="SAC, Dyna and MBPO on PostureCheetah-v0, the course's variant",
+        shows="What imagined steps add to real ones. The course gives SAC 1,000 updates an iteration and the others"
+        " 5,000; SAC with 5,000 tells the updates from the rollouts.",
+        runs=(
+            Run(
+                name="sac-1000",
+                command=f"{Q6} --rollout-length 0 --utd-ratio 0.2",
+                minutes=10,
+                label="SAC, 1,000 updates an iteration",
+            ),
+            Run(
+                name="sac-5000",
+                command=f"{Q6} --rollout-length 0 --utd-ratio 1",
+                minutes=35,
+                label="SAC, 5,000 updates",
+            ),
+            Run(
+                name="dyna",
+                command=f"{Q6} --rollout-length 1 --utd-ratio 1",
+                minutes=40,
+                label="rollouts of 1, 5,000 updates",
+            ),
+            Run(
+                name="mbpo",
+                command=f"{Q6} --rollout-length 10 --utd-ratio 1",
+                minutes=40,
+                label="rollouts of 10, 5,000 updates",
+            ),
+        ),
+        panels=(return_panel(""),),
+        columns=(RETURN, Column("best", "eval/episodic_return", "max"), Column("critic bias", "eval/critic_bias")),
+    ),
+    Study(
+        name="sac-mbpo",
+        title="SAC and MBPO on HalfCheetah-v5",
+        shows="What a model saves in environment steps, and what it costs in time.",
+        runs=(
+            Run(
+                name="sac",
+                command=f"{SAC} --env-id HalfCheetah-v5 --total-timesteps 1_000_000",
+                minutes=125,
+                label="SAC",
+                reported="CleanRL 9635 ± 1424 (v2), SB3 zoo 9536, Tianshou 12139",
+                target="≥ 9635",
+            ),
+            Run(
+                name="mbpo",
+                command="python mbpo_sac.py --env-id HalfCheetah-v5 --train-dtype bfloat16",
+                minutes=220,
+                label="MBPO, 10 updates a step",
+                reported="≈ 10,000 near 150–200k steps with 40 updates a step",
+                target="≥ 9635 at ≤ 150k steps",
+            ),
+        ),
+        panels=(
+            return_panel("By environment steps", reported=(Reported("SAC at 1M", 9635, "CleanRL"),)),
+            Panel(
+                tag="eval/episodic_return",
+                x_tag="time/minutes",
+                x_label="minutes",
+                y_label="evaluation return",
+                title="By time, one core",
+            ),
+        ),
+        columns=(
+            RETURN,
+            Column("best", "eval/episodic_return", "max"),
+            Column("critic bias", "eval/critic_bias"),
+            Column("steps/s", "charts/SPS"),
+        ),
+    ),
+    Study(
+        name="mbpo-hopper",
+        title="MBPO on Hopper-v5",
+        shows="Rollouts that grow from 1 to 15 steps, 20 updates a step.",
+        runs=(
+            Run(
+                name="mbpo",
+                command="python mbpo_sac.py --env-id Hopper-v5 --total-timesteps 125_000 --utd-ratio 20"
+                " --rollout-schedule 20 150 1 15 --target-entropy -1 --rollouts-per-step 100 --train-dtype bfloat16",
+                minutes=330,
+                label="MBPO",
+                reported="≈ 3000–3300",
+                target="≥ 3300",
+            ),
+        ),
+        panels=(return_panel("", reported=(Reported("MBPO", 3300, "published"),)),),
+        columns=(RETURN, Column("best", "eval/episodic_return", "max"), Column("critic bias", "eval/critic_bias")),
+    ),
+    Study(
+        name="sac-004",
+        title="SAC on three robots, 200,000 steps",
+        shows="The student project's comparison, by environment.",
+        runs=tuple(
+            Run(
+                name=env_id.split("-")[0].lower(),
+                command=f"{SAC} --env-id {env_id} --total-timesteps 200_000",
+                minutes=minutes,
+                label=env_id,
+                reported="200k steps in 23 minutes (stable-baselines3)",
+            )
+            for env_id, minutes in (("HalfCheetah-v5", 25), ("Ant-v5", 35), ("Humanoid-v5", 45))
+        ),
+        panels=(return_panel(""),),
+        columns=(RETURN, Column("steps/s", "charts/SPS")),
+        seeds=1,
+    ),
+    Study(
+        name="tabular",
+        title="Certainty equivalence in random problems of 20 states",
+        shows="The simulation lemma, four concentration bounds, and what trusting the model costs.",
+        runs=(
+            Run(
+                name="default",
+                command="python tabular_mbrl.py",
+                minutes=0.2,
+                label="20 states, 4 actions, 1,600 samples a pair",
+                extra_flags="",
+            ),
+        ),
+        panels=(
+            Panel(
+                tag="",
+                title="Error of the model and its bounds",
+                x_label="samples of each pair",
+                y_label="‖(P − P̂) V‖∞",
+                log_x=True,
+                log_y=True,
+                runs=("default",),
+                tags=(
+                    ("error/optimal_value", "V*"),
+                    ("error/policy_value", "V̂^π"),
+                    ("error/model_optimal_value", "V̂*"),
+                    ("error/counterexample", "V̂^π of the counterexample"),
+                    ("bound/hoeffding", "Hoeffding's bound"),
+                    ("bound/l1_value", "the bound through rows"),
+                ),
+            ),
+            Panel(
+                tag="",
+                title="Draws inside the bound",
+                x_label="samples of each pair",
+                y_label="share of the draws",
+                log_x=True,
+                runs=("default",),
+                tags=(
+                    ("coverage/l1", "(1) rows"),
+                    ("coverage/policy_value", "(2) V̂^π, random problems"),
+                    ("coverage/counterexample", "(2) V̂^π, counterexample"),
+                    ("coverage/optimal_value", "(3) V*"),
+                    ("coverage/model_optimal_value", "(4) V̂*"),
+                ),
+            ),
+            Panel(
+                tag="",
+                title="Planning in the wrong model",
+                x_label="samples of each pair",
+                y_label="value lost",
+                log_x=True,
+                log_y=True,
+                runs=("default",),
+                tags=(("value/loss", "‖V* − V^π̂*‖∞"), ("value/bound", "equation (2)")),
+            ),
+        ),
+        columns=(
+            Column("violation of the lemma", "check/simulation_lemma_error", "max"),
+            Column("(1) holds in", "coverage/l1"),
+            Column("(2) in random problems", "coverage/policy_value"),
+            Column("(2) in the counterexample", "coverage/counterexample"),
+            Column("(3)", "coverage/optimal_value"),
+            Column("(4)", "coverage/model_optimal_value"),
+            Column("value lost", "value/loss"),
+        ),
     ),
 )
 

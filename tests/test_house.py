@@ -26,6 +26,7 @@ TINY = {
     "mbpo_sac.py": "--env-id Pendulum-v1 --max-episode-steps 10 --total-timesteps 60 --initial-steps 30 --eval-every 30"
     " --eval-episodes 2 --interim-episodes 1 --batch-size 16 --units 8 --utd-ratio 1 --model-every 20 --num-layers 1"
     " --hidden-size 8 --rollouts-per-step 2 --max-train-steps 5 --no-cuda --num-threads 1",
+    "tabular_mbrl.py": "--num-draws 3 --num-samples 5 10",
 }
 
 # What the run leaves in its run folder.

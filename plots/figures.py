@@ -215,7 +215,13 @@ def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> 
 
     columns = min(len(study.panels), 3)
     rows = math.ceil(len(study.panels) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(9, 0.8 + 3.4 * rows), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(9, 0.8 + (4.4 if any(panel.tags for panel in study.panels) else 3.4) * rows),
+        squeeze=False,
+        layout="constrained",
+    )
     for axes in grid.flat[len(study.panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, study.panels, strict=False):
@@ -240,7 +246,9 @@ def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> 
         axes.set_ylabel(panel.y_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+        # Many curves leave no room for their names among them.
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if panel.tags else {}
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", **below)
     figure.suptitle(study.title, fontsize=12)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -188,6 +188,84 @@ def test_cem_reaches_the_optimum_and_beats_random_shooting_which_beats_chance():
     assert chance + 10 < shot.item() < promise.item() - 1
 
 
+def slow_cem(imagine, b, obs, mean, kept, args, draws):
+    """The docstring's equations for environment b alone, one candidate and one number at a time."""
+    half = (HIGH - LOW) / 2
+    uniform = args.start == "uniform"
+    std = [[half[a].item() * (3**-0.5 if uniform else args.start_std) for a in range(A)] for _ in range(H)]
+    kept = list(kept[b])
+    mean = mean[b].clone()
+    for iteration in range(args.cem_iterations):
+        candidates = []
+        for noise in draws[iteration][b]:  # (H, A)
+            plan = torch.empty(H, A)
+            for t in range(H):
+                for a in range(A):
+                    if uniform and iteration == 0:
+                        plan[t, a] = LOW[a] + (HIGH[a] - LOW[a]) * noise[t, a]
+                        continue
+                    spread, epsilon = std[t][a], noise[t, a].item()
+                    if args.bounded_sampling:
+                        to_bounds = min((mean[t, a] - LOW[a]).item(), (HIGH[a] - mean[t, a]).item())
+                        spread, epsilon = min(spread, to_bounds / 2), min(max(epsilon, -2), 2)
+                    plan[t, a] = min(max(mean[t, a].item() + spread * epsilon, LOW[a].item()), HIGH[a].item())
+            candidates.append(plan)
+        candidates += kept
+        if args.mean_candidate and iteration == args.cem_iterations - 1:
+            candidates.append(mean.clone())
+        returns = [imagine(obs[b : b + 1], plan[None, None])[0, 0].item() for plan in candidates]
+        order = sorted(range(len(candidates)), key=lambda k: -returns[k])[: args.num_elites]
+        elites = torch.stack([candidates[k] for k in order])
+        for t in range(H):
+            for a in range(A):
+                values = elites[:, t, a]
+                variance = ((values - values.mean()) ** 2).mean().item()
+                std[t][a] = (args.cem_alpha * variance + (1 - args.cem_alpha) * std[t][a] ** 2) ** 0.5
+                mean[t, a] = args.cem_alpha * values.mean() + (1 - args.cem_alpha) * mean[t, a]
+        kept = list(elites[: int(args.keep_elites * args.num_elites)])
+    promises = [returns[k] for k in order]
+    if args.execute == "mean":
+        return mean[0], sum(promises) / len(promises), mean, elites
+    return elites[0, 0], promises[0], mean, elites
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"start": "uniform", "shift_plan": False, "cem_alpha": 1.0, "keep_elites": 0.0, "mean_candidate": False},
+        {"bounded_sampling": True, "execute": "best", "start_std": 1.5, "noise_beta": 0.0},
+        {"cem_alpha": 0.3, "candidate_decay": 2.0, "keep_elites": 1.0, "cem_iterations": 2},
+    ],
+)
+def test_cem_is_the_equations_of_the_docstring(flags):
+    args = cem.Args(horizon=H, num_candidates=14, num_elites=4, cem_iterations=3)
+    vars(args).update(flags)
+    torch.manual_seed(0)
+    goal = LOW + (HIGH - LOW) * torch.rand(H, A)
+    imagine = lambda obs, plans: obs.sum(1)[:, None] - (plans - goal).square().sum((-1, -2))  # noqa: E731
+    obs, mean = torch.randn(B, D), (LOW + HIGH) / 2 + 0.1 * torch.randn(B, H, A)
+    kept = LOW + (HIGH - LOW) * torch.rand(B, int(args.keep_elites * 4), H, A)
+    torch.manual_seed(1)
+    action, promise, plan, elites, spread = cem.cem(imagine, obs, mean, kept, LOW, HIGH, args)
+    torch.manual_seed(1)
+    filter, draws = cem.coloured_filter(H, args.noise_beta, torch.device("cpu")), []
+    for iteration in range(args.cem_iterations):
+        count = max(int(14 / args.candidate_decay**iteration), 8)
+        if iteration == 0 and args.start == "uniform":
+            draws.append(torch.rand(B, count, H, A))
+        else:
+            draws.append((torch.randn(B, count, A, H) @ filter).transpose(-1, -2))
+    for b in range(B):
+        slow_action, slow_promise, slow_plan, slow_elites = slow_cem(imagine, b, obs, mean, kept, args, draws)
+        torch.testing.assert_close(action[b], slow_action)
+        assert promise[b].item() == pytest.approx(slow_promise, rel=1e-4)
+        torch.testing.assert_close(plan[b], slow_plan)
+        torch.testing.assert_close(elites[b], slow_elites)
+    half = (HIGH - LOW) / 2
+    assert spread.item() == pytest.approx((elites.std(1, correction=0) / half).mean().item(), rel=1e-4)
+
+
 def test_alpha_one_forgets_the_prior_and_a_small_alpha_does_not():
     prior = torch.full((1, H, A), 0.9)
     imagine = lambda obs, candidates: candidates.sum((-1, -2))  # noqa: E731
@@ -233,6 +311,12 @@ def test_plan_and_elites_are_shifted_and_forgotten_at_the_end_of_an_episode():
     assert second[0, :, 0].tolist() == [1, 2, 3, 3] and second_kept[0, 2, :, 0].tolist() == [101, 102, 103, 103]
     assert second_kept.shape[1] == 3
     assert torch.equal(third[0], second[0]) and (third[1] == middle).all() and (third_kept[1] == middle).all()
+    planner = cem.Planner(cem.Args(horizon=H, shift_plan=False), quadratic, LOW, HIGH, 2)
+    planner.search = search
+    starts.clear()
+    planner(torch.zeros(2, D))
+    planner(torch.zeros(2, D))
+    assert (starts[1][0] == middle).all(), "it starts from the middle each time"
 
 
 @pytest.mark.parametrize("flags", [{}, {"bounded_sampling": True}, {"start": "uniform", "shift_plan": False}])

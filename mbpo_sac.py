@@ -857,13 +857,17 @@ def fit_members(
     return elites.tolist(), metrics | {"model/train_steps": float(steps)}
 
 
-def only_members(model: DynamicsModel, members: list[int]) -> DynamicsModel:
-    """A copy of the model that has these members only."""
+def only_members(model: DynamicsModel, members: list[int], dtype: str = "float32") -> DynamicsModel:
+    """A copy of the model that has these members only, with the layers' weights in another precision."""
     few = copy.deepcopy(model).requires_grad_(False)
     few.ensemble_size = len(members)
     for parameter in few.parameters():
         parameter.data = parameter.data[members]
+    few.mlp.to(getattr(torch, dtype))
     return few
+
+
+CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
 
 
 @torch.no_grad()
@@ -886,7 +890,9 @@ def model_step(
         first = int(torch.randint(pad + 1, ()))
         counts, row = slice(first, first + N), dealt[first : first + N]  # any N of them in a row are all rows
         x = torch.cat([obs[:, elites.skip :], action], dim=-1)[dealt]
-        output = elites.mlp(elites.input_normaliser(x).view(E, (N + pad) // E, -1))
+        x = elites.input_normaliser(x).view(E, (N + pad) // E, -1).to(elites.mlp.weights[0].dtype)
+        group = x.shape[1] if x.is_cuda else max(1, CACHED_STATES // E)
+        output = torch.cat([elites.mlp(part).float() for part in x.split(group, dim=1)], dim=1)
         target = output[..., : elites.num_targets]
         if isinstance(elites, GaussianEnsemble):
             target = target + (0.5 * elites.logvar(output)).exp() * torch.randn_like(target)
@@ -1326,7 +1332,7 @@ def main(args: Args) -> dict[str, float]:
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             checkpointer.restore(checkpoint)
-        elites = only_members(model, progress["elites"]) if progress["elites"] else None
+        elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             length = scheduled_length(args, progress["step"])
@@ -1357,7 +1363,7 @@ def main(args: Args) -> dict[str, float]:
                 imagined.add(**rows)  # one buffer for both
             if args.rollout_length and started and (due(args.model_every) or elites is None):
                 progress["elites"], fitted = fit_members(model, model_optimizer, buffer, args)
-                elites = only_members(model, progress["elites"])
+                elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")
                 length = scheduled_length(args, step)
                 count = max(1, round(args.rollouts_per_step * args.model_every))

@@ -304,15 +304,20 @@ def test_only_the_elites_are_left():
     torch.manual_seed(0)
     model = gaussian()
     few = sac.only_members(model, [2, 0])
+    coarse = sac.only_members(model, [2, 0], "bfloat16")
     obs, action = torch.randn(5, 4), torch.randn(5, 2)
     all_of_them = model.predict(obs.expand(3, -1, -1), action.expand(3, -1, -1))[0]
     torch.testing.assert_close(few.predict(obs.expand(2, -1, -1), action.expand(2, -1, -1))[0], all_of_them[[2, 0]])
+    rough = coarse.predict(obs.expand(2, -1, -1), action.expand(2, -1, -1))[0]
+    torch.testing.assert_close(rough, all_of_them[[2, 0]], rtol=0.02, atol=0.02)
+    assert coarse.mlp.weights[0].dtype == torch.bfloat16 and rough.dtype == torch.float32
     assert len(few.max_logvar) == 2 and len(model.max_logvar) == 3
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 300])
-def test_each_row_goes_to_one_elite_at_random(count):
+@pytest.mark.parametrize("count, cached", [(1, 4096), (2, 4096), (7, 3), (300, 4096), (300, 30)])
+def test_each_row_goes_to_one_elite_at_random(count, cached, monkeypatch):
     """Members without noise that each add their own number, so that a row tells who took it."""
+    monkeypatch.setattr(sac, "CACHED_STATES", cached)
     torch.manual_seed(0)
     model = gaussian()
     with torch.no_grad():

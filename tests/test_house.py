@@ -8,6 +8,7 @@ from pathlib import Path
 import copies
 import house
 import pytest
+import torch
 
 ROOT = copies.ROOT
 SCRIPTS = copies.scripts()
@@ -26,6 +27,8 @@ TINY = {
     "mbpo_sac.py": "--env-id Pendulum-v1 --max-episode-steps 10 --total-timesteps 60 --initial-steps 30 --eval-every 30"
     " --eval-episodes 2 --interim-episodes 1 --batch-size 16 --units 8 --utd-ratio 1 --model-every 20 --num-layers 1"
     " --hidden-size 8 --rollouts-per-step 2 --max-train-steps 5 --no-cuda --num-threads 1",
+    "bc_variants.py": "--env-id Pendulum-v1 --max-episode-steps 10 --data demonstrations.pt --train-steps 20"
+    " --eval-every 10 --eval-episodes 2 --interim-episodes 1 --hidden-size 8 --no-cuda --num-threads 1",
     "tabular_mbrl.py": "--num-draws 3 --num-samples 5 10",
 }
 
@@ -243,6 +246,9 @@ def test_help_alone(script: Path, tmp_path: Path) -> None:
 
 def test_tiny_run_alone(script: Path, tmp_path: Path) -> None:
     assert script.name in TINY, f"{script.name} has no row in TINY"
+    if "demonstrations.pt" in TINY[script.name]:  # the imitation scripts need something to imitate
+        rows = {"observations": torch.randn(30, 3), "actions": torch.rand(30, 1), "mean_reward": -1.0}
+        torch.save(rows, tmp_path / "demonstrations.pt")
     assert_none(house.alone_problems(script, tmp_path, TINY[script.name].split(), LEAVES.get(script.name, [])))
 
 

@@ -1,0 +1,1168 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""Behaviour cloning: five policies that differ in one loss function, each with DAgger.
+
+An expert's observations and actions are given; learn π(a|s) from them as in supervised learning. What a policy can
+express decides what it makes of an expert who does now this, now that in the same place: the mean of two good actions
+may be a bad one. With x the standardised observation and u the action scaled to [-1, 1]:
+
+    mse             u = f(x)                                     Σ (f(x) - u)²                                      (1)
+    gaussian        u = tanh(z),  z ~ N(μ(x), σ(x)²)             -log N(atanh u) + Σ log(1 - u²)                    (2)
+    gmm             u ~ Σ_k w_k(x) N(μ_k(x), σ_k(x)²)            -log Σ_k w_k N_k(u)                                (3)
+    diffusion       u_T ~ N(0, I), then T steps of denoising     Σ (û(x, √ᾱ_t u + √(1-ᾱ_t) ε, t) - u)²              (4)
+    autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i log p(bin of u_i | x, u_1 .. u_i-1)           (5)
+
+mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
+the most likely component or bin, denoising without added noise), or a sample with `--sample`.
+
+All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
+(Ross et al. 2011) asks the expert what it would have done where the policy went:
+
+    data <- episodes of the expert
+    for round = 0 .. dagger_rounds:
+        train on everything so far, from the last round's weights                      (train_steps gradient steps)
+        roll out: at each step the expert acts with probability dagger_beta^(round + 1), else the policy
+        data <- data + the states of that, each with the expert's action
+
+Usage:
+
+    python bc_variants.py --variant mse                        # clones experts/HalfCheetah-v5.pt
+    python bc_variants.py --variant diffusion --num-episodes 5 --dagger-rounds 5
+    python bc_variants.py --env-id Hopper-v5 --expert hopper.pt            # written by mbpo_sac.py --save-policy
+    python bc_variants.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
+    python bc_variants.py --env-id HalfCheetah-v5 --data demonstrations.pt
+    python bc_variants.py --resume RUN_DIR                     # go on exactly where it stopped
+    python bc_variants.py --resume RUN_DIR --eval-only         # the evaluation of that run again
+
+An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
+that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations`
+(N, D), `actions` (N, A) and `mean_reward` (the expert's return). Without an expert to ask there is no DAgger.
+
+Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
+
+    eval/episodic_return        mean return of the evaluation episodes
+    eval/episodic_return_std    their standard deviation (ddof=1)
+    eval/episodic_length        their mean length
+    eval/expert_fraction        the mean return over the expert's own
+    eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
+    losses/train_loss           equation 1 to 5, mean since the last evaluation
+    losses/holdout_loss         the same on held-out episodes
+    losses/action_error         mean absolute difference to the expert's action there, in half-ranges, of what is done
+    charts/SPS                  gradient steps per second, the first ten left out
+    charts/transitions          transitions in the data
+    time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once
+
+Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
+(equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
+cosine schedule); Chi et al. 2023, diffusion policy, arXiv 2303.04137; Metz et al. 2017, arXiv 1705.05035 (equation 5);
+Ross, Gordon and Bagnell 2011, DAgger, arXiv 1011.0686.
+"""
+
+import copy
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Activation = Literal["tanh", "relu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    exp_name: str = "bc_variants"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator"""
+    torch_deterministic: bool = True
+    """use PyTorch's deterministic algorithms where there are any"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    num_threads: int | None = None
+    """CPU threads of PyTorch; None leaves its default (one per core)"""
+    track: bool = False
+    """mirror TensorBoard to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "mbrl"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user"""
+    capture_video: bool = False
+    """write a video of one evaluation episode of each evaluation into the run folder"""
+    log_dir: str = "runs"
+    """folder that holds the run folders"""
+    checkpoint_every: int = 5_000
+    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    resume: str | None = None
+    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    eval_only: bool = False
+    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
+    max_episode_steps: int | None = None
+    """time limit of an episode; None leaves the environment's own"""
+
+    # Expert
+    expert: str | None = None
+    """file of the expert's actor; None: experts/ENV_ID.pt, unless there is other data"""
+    minari_id: str | None = None
+    """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5]")"""
+    data: str | None = None
+    """file of transitions (written by --save-data) to use instead of the initial random steps"""
+    num_episodes: int = 20
+    """episodes of the expert"""
+    dagger_rounds: int = 0
+    """rounds of DAgger after the first training"""
+    dagger_episodes: int = 5
+    """episodes rolled out in each round of DAgger"""
+    dagger_beta: float = 0.5
+    """in round i of DAgger (from 1) the expert acts with probability dagger_beta^i at each step"""
+
+    # Policy
+    variant: Literal["mse", "gaussian", "gmm", "diffusion", "autoregressive"] = "mse"
+    """what the policy can express: equations 1 to 5"""
+    num_layers: int = 2
+    """hidden layers of each member"""
+    hidden_size: int = 256
+    """units of each hidden layer"""
+    activation: Activation = "relu"
+    """nonlinearity of the hidden layers"""
+    num_components: int = 5
+    """Gaussians in the mixture of gmm"""
+    denoising_steps: int = 10
+    """steps T of diffusion"""
+    num_bins: int = 20
+    """bins B of each action dimension of autoregressive"""
+    sample: bool = False
+    """act by samples in evaluation and DAgger instead of the mode"""
+
+    # Training
+    train_steps: int = 20_000
+    """gradient steps per fit of the model"""
+    batch_size: int = 512
+    """samples in the batch of each gradient step (and of each member)"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    weight_decay: float = 0.0
+    """L2 penalty on the weights, through Adam"""
+    holdout_ratio: float = 0.1
+    """share of the transitions held out, in whole episodes, to measure the model on"""
+    stop_after: int | None = None
+    """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
+    ema_decay: float | None = None
+    """the policy that acts is a running mean of the weights with this decay; None: 0.999 for diffusion, else 0"""
+    eval_every: int = 5_000
+    """steps between evaluations"""
+    eval_episodes: int = 20
+    """episodes of the last evaluation, side by side"""
+    interim_episodes: int = 5
+    """episodes of the evaluations before it"""
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input ends with one clear line and exit code 2, before any work starts."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        fail(message)
+
+
+def require_package(name: str, why: str) -> None:
+    require(importlib.util.find_spec(name) is not None, f"{why} needs the package {name}: pip install {name}")
+
+
+def check_fields(args: Args, at_least: dict[str, int]) -> None:
+    """Numbers are finite and at least so large, choices are among those of the field's type."""
+    for field in fields(args):
+        value, choices, flag = getattr(args, field.name), get_args(field.type), f"--{field.name.replace('_', '-')}"
+        if field.name in at_least and value is not None:
+            low = at_least[field.name]
+            require(low <= value < float("inf"), f"{flag} must be at least {low}, got {value}")  # and so NaN fails too
+        if choices and all(isinstance(choice, str) for choice in choices):
+            require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
+        require(value != "", f"{flag} is empty")
+    require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
+    cores = os.cpu_count() or 1
+    require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
+    require(0 < args.learning_rate < float("inf"), f"--learning-rate must be positive, got {args.learning_rate}")
+    if args.track:
+        require_package("wandb", "--track")
+
+
+# Differs: the arguments do
+def check_args(args: Args) -> None:
+    one = "num_threads checkpoint_every max_episode_steps num_episodes dagger_episodes num_layers hidden_size"
+    one += " num_components train_steps batch_size stop_after eval_every eval_episodes interim_episodes"
+    zero = dict.fromkeys(("seed", "dagger_rounds", "weight_decay"), 0)
+    check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"denoising_steps": 2, "num_bins": 2})
+    require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie in (0, 1), got {args.holdout_ratio}")
+    require(0 <= args.dagger_beta <= 1, f"--dagger-beta must lie in [0, 1], got {args.dagger_beta}")
+    decay = args.ema_decay
+    require(decay is None or 0 <= decay < 1, f"--ema-decay must lie in [0, 1), got {decay}")
+    require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
+    require(args.data is None or args.minari_id is None, "--data and --minari-id are two sources: give one of them")
+    if args.data is not None:
+        require(Path(args.data).is_file(), f"--data {args.data}: there is no such file")
+    no_expert = "--dagger-rounds needs an expert to ask: give --expert FILE (recorded data cannot answer)"
+    recorded = args.data is not None or args.minari_id is not None
+    require(not (args.dagger_rounds and recorded and args.expert is None), no_expert)
+    if args.resume is None and (args.expert is not None or not recorded):
+        how = f"python mbpo_sac.py --env-id {args.env_id} --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000"
+        how += f" --save-policy {expert_path(args)}"
+        require(Path(expert_path(args)).is_file(), f"--expert {expert_path(args)}: no such file; make it with: {how}")
+    if args.minari_id is not None:
+        fine = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.minari_id) is not None
+        require(fine, f"--minari-id {args.minari_id}: an id looks like mujoco/halfcheetah/expert-v0")
+        require_package("minari", "--minari-id")
+    if args.capture_video:
+        require_package("moviepy", "--capture-video")
+
+
+def expert_path(args: Args) -> str:
+    """Beside this file, so that it is found from anywhere."""
+    default = Path(__file__).parent / "experts" / f"{args.env_id}.pt".replace(":", "-").replace("/", "-")
+    return args.expert or str(default)
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
+
+
+def hidden_positions(env: gym.Env[Any, Any]) -> int:
+    return POSITIONS.get(env.spec.id, 0) if env.spec else 0
+
+
+def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
+    """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
+    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    try:
+        env = gym.make(env_id, **kwargs)
+        if hidden_positions(env):
+            env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
+    except Exception as error:  # an environment's own code raises what it likes
+        fail(f"--env-id {env_id}: {error}")
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        require(isinstance(space, gym.spaces.Box), f"--env-id {env_id}: the {name} space must be a Box, it is {space}")
+    require(
+        len(env.action_space.shape or ()) == 1, f"--env-id {env_id}: actions must be vectors, not {env.action_space}"
+    )
+    if len(env.observation_space.shape or ()) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+class Replayable(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
+
+    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        super().__init__(env)
+        self.start: dict[str, Any] = {}
+        self.actions: list[np.ndarray] = []
+        self.episodic_return = 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.start = {"rng": self.unwrapped.np_random.bit_generator.state} if seed is None else {"seed": seed}
+        self.actions, self.episodic_return = [], 0.0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions.append(np.array(action))
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.episodic_return += float(reward)
+        return obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict[str, Any]:
+        actions = torch.from_numpy(np.stack(self.actions)) if self.actions else None
+        return {**self.start, "actions": actions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Returns the observation that the episode had reached."""
+        if "rng" in state:
+            self.unwrapped.np_random.bit_generator.state = state["rng"]
+        obs, _ = self.reset(seed=state.get("seed"))
+        for action in [] if state["actions"] is None else state["actions"].numpy():
+            obs, *_ = self.step(action)
+        return np.asarray(obs, np.float32)
+
+
+class VectorEnv:
+    """num_envs environments stepped together. A finished one is reset in the same step (Gymnasium's SAME_STEP), so
+    `obs` is always what to act on, while `step` returns the true next observation, even of a finished episode."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
+        self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
+        self.action_space = copy.deepcopy(
+            self.envs[0].action_space
+        )  # a class may share one space over all its instances
+        self.action_space.seed(seed)
+        self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
+        self.episode = np.arange(num_envs)  # which episode each environment is in, numbered over all of them
+        self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended
+
+    def random_action(self) -> np.ndarray:
+        return np.stack([self.action_space.sample() for _ in self.envs])
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        next_obs, reward, terminated = np.empty_like(self.obs), np.empty(len(self.envs)), np.zeros(len(self.envs), bool)
+        self.obs, self.episode, self.finished = self.obs.copy(), self.episode.copy(), []
+        for i, env in enumerate(self.envs):
+            next_obs[i], reward[i], terminated[i], truncated, _ = env.step(action[i])
+            self.obs[i] = next_obs[i]
+            if terminated[i] or truncated:
+                self.finished.append((env.episodic_return, len(env.actions)))
+                self.obs[i] = env.reset()[0]
+                self.episode[i] = self.episode.max() + 1
+        return next_obs, reward, terminated
+
+    def state_dict(self) -> dict[str, Any]:
+        rng = self.action_space.np_random.bit_generator.state
+        envs = [env.state_dict() for env in self.envs]
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
+        self.action_space.np_random.bit_generator.state = state["rng"]
+        self.episode = state["episode"].numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class Demonstrations:
+    """What to imitate: observations, the expert's actions there, and which episode each comes from."""
+
+    def __init__(self, obs: Tensor, action: Tensor, episode: Tensor, expert_return: float):
+        self.obs, self.action, self.episode, self.expert_return = obs.float(), action.float(), episode, expert_return
+
+    def add(self, obs: Tensor, action: Tensor, episode: Tensor) -> None:
+        self.obs, self.action = torch.cat([self.obs, obs]), torch.cat([self.action, action])
+        self.episode = torch.cat([self.episode, episode + int(self.episode.max()) + 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"obs": self.obs, "action": self.action, "episode": self.episode, "expert_return": self.expert_return}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs, self.action, self.episode = (state[name].to(self.obs.device) for name in ("obs", "action", "episode"))
+        self.expert_return = state["expert_return"]
+
+
+def check_data(columns: dict[str, Tensor], source: str) -> None:
+    for name, column in columns.items():
+        bad = (~torch.isfinite(column)).nonzero()
+        if len(bad):
+            where = f"row {bad[0, 0]}" + (f", dimension {bad[0, 1]}" if bad.shape[1] > 1 else "")
+            fail(f"{source}: {name} has {len(bad)} non-finite values, the first in {where}")
+
+
+def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of the training and the held-out transitions, each in order of episode and time.
+
+    Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
+    memory, not generalisation. With one episode only, its last part is held out.
+    """
+    order = torch.sort(episode, stable=True).indices
+    episodes, counts = episode.unique(return_counts=True)
+    if len(episodes) == 1:
+        cut = min(max(round(len(order) * (1 - holdout_ratio)), 1), len(order) - 1)
+        return order[:cut], order[cut:]
+    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
+    chosen = counts[shuffled].cumsum(0) <= holdout_ratio * len(episode)
+    if not chosen.any():  # every episode is longer than that: the shortest one has to do
+        chosen[counts[shuffled].argmin()] = True
+    held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
+    return order[~held_out], order[held_out]
+
+
+def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
+    """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        ours = "obs" in data
+        obs, action = (
+            torch.as_tensor(data[name]) for name in (("obs", "action") if ours else ("observations", "actions"))
+        )
+        source = data["env_id"] if ours else data.get("env_id", env_id)
+        episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
+        reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward ({error!r})")
+    require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
+    require(obs.ndim == 2 and len(obs) > 1, f"--data {path}: observations must be (N, {obs_dim}), N > 1")
+    obs = obs[:, skip:] if ours else obs
+    fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
+    shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
+    require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
+    check_data({"observations": obs, "actions": action, "rewards": reward}, f"--data {path}")
+    return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
+
+
+def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demonstrations:
+    """The first episodes of a Minari dataset, downloaded unless it is there; a dataset knows what its expert earned."""
+    import minari
+
+    try:
+        dataset = minari.load_dataset(name, download=name not in minari.list_local_datasets())
+        found = list(itertools.islice(dataset.iterate_episodes(), episodes))
+        obs = [
+            torch.as_tensor(np.asarray(each.observations)[:-1]) for each in found
+        ]  # T + 1 rows: the last is no start
+        action = [torch.as_tensor(np.asarray(each.actions)) for each in found]
+        returns = [float(np.sum(each.rewards)) for each in found]
+    except Exception as error:  # the network, the file, or the dataset's own code
+        fail(f"--minari-id {name}: {error}")
+    require(bool(found), f"--minari-id {name}: it has no episodes")
+    shapes = f"{tuple(obs[0].shape)} and {tuple(action[0].shape)}"
+    fits = obs[0].shape[1:] == (obs_dim,) and action[0].shape[1:] == (action_dim,)
+    require(
+        fits, f"--minari-id {name}: observations and actions are {shapes}, not (T, {obs_dim}) and (T, {action_dim})"
+    )
+    check_data({"observations": torch.cat(obs), "actions": torch.cat(action)}, f"--minari-id {name}")
+    episode = torch.cat([torch.full((len(part),), number) for number, part in enumerate(action)])
+    return Demonstrations(torch.cat(obs), torch.cat(action), episode, float(np.mean(returns)))
+
+
+class Normaliser(nn.Module):
+    """x -> (x - mean) / std. Both are buffers, so that a saved model never goes without them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, x: Tensor) -> None:
+        std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
+        # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
+        constant = ~(std > 1e-6 * (1 + mean.abs()))
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """A Gaussian squashed by tanh into the bounds of the actions. The names are CleanRL's: its weights load."""
+
+    action_scale: Tensor
+    action_bias: Tensor
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, units: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(obs_dim, units), nn.Linear(units, units)
+        self.fc_mean, self.fc_logstd = nn.Linear(units, len(low)), nn.Linear(units, len(low))
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) -> mean and log std before the tanh (B, A)
+        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
+        log_std = torch.tanh(self.fc_logstd(x).float())
+        return self.fc_mean(x).float(), -5 + 0.5 * (2 + 5) * (log_std + 1)  # log std within [-5, 2]
+
+    def mode(self, obs: Tensor) -> Tensor:
+        return torch.tanh(self(obs)[0]) * self.action_scale + self.action_bias
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparametrised actions (B, A) and their log-probability (B,)."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        x = mean + log_std.exp() * noise
+        gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        # The density shrinks by the slope of scale * tanh(x); log(1 - tanh(x)²), written so that nothing overflows.
+        slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + self.action_scale.log()
+        return torch.tanh(x) * self.action_scale + self.action_bias, (gaussian - slope).sum(dim=-1)
+
+
+class StackedMLP(nn.Module):
+    """E independent multilayer perceptrons as one: weights (E, in, out) and one batched product a layer."""
+
+    def __init__(self, ensemble_size: int, sizes: list[int], activation: str):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            bound = fan_in**-0.5  # torch.nn.Linear's own initialisation
+            self.weights.append(nn.Parameter(torch.empty(ensemble_size, fan_in, fan_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(ensemble_size, 1, fan_out).uniform_(-bound, bound)))
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (E, B, in) -> (E, B, out)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < len(self.weights) - 1:
+                x = self.activation(x)
+        return x
+
+
+class ActivationLayer(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.function = ACTIVATIONS[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def make_mlp(num_inputs: int, num_outputs: int, args: Args) -> nn.Sequential:
+    sizes, layers = [num_inputs, *[args.hidden_size] * args.num_layers], list[nn.Module]()
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), ActivationLayer(args.activation)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs))
+
+
+class Policy(nn.Module):
+    """What the five share: the observation is standardised, actions are scaled to [-1, 1]. Both lie in buffers.
+
+    A variant says how wrong it is about actions u (B, A) in x (B, D), and what it does in x.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__()
+        self.normaliser, self.action_dim = Normaliser(obs_dim), len(low)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (B,)
+        raise NotImplementedError
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:  # (B, D) -> (B, A)
+        raise NotImplementedError
+
+    def scale(self, action: Tensor) -> Tensor:
+        return (2 * (action - self.low) / (self.high - self.low) - 1).clamp(-1, 1)
+
+    def loss(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.error(self.normaliser(obs), self.scale(action)).mean()
+
+    def act(self, obs: Tensor, sample: bool = False) -> Tensor:
+        u = self.decide(self.normaliser(obs), sample).clamp(-1, 1)
+        return self.low + (u + 1) / 2 * (self.high - self.low)
+
+
+class MSE(Policy):
+    """Equation 1: a point. There is nothing to sample."""
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__(obs_dim, low, high, args)
+        self.net = make_mlp(obs_dim, len(low), args)
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:
+        return (self.net(x) - u).square().sum(dim=-1)
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:
+        found: Tensor = self.net(x)
+        return found
+
+
+class Gaussian(Policy):
+    """Equation 2: SAC's own policy class. Experts saturate, and atanh(1) is infinite: actions are pulled in a bit."""
+
+    LOG_STD = (math.log(1e-3), math.log(3.0))
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__(obs_dim, low, high, args)
+        self.net = make_mlp(obs_dim, 2 * len(low), args)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.net(x).chunk(2, dim=-1)
+        least, most = self.LOG_STD
+        return mean, least + (most - least) * torch.sigmoid(log_std)
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:
+        mean, log_std = self.moments(x)
+        z = torch.atanh(u.clamp(-1 + 1e-4, 1 - 1e-4))
+        gaussian = 0.5 * ((z - mean) * (-log_std).exp()).square() + log_std + 0.5 * math.log(2 * math.pi)
+        slope = 2 * (math.log(2) - z - F.softplus(-2 * z))  # log(1 - tanh(z)²)
+        return (gaussian + slope).sum(dim=-1)
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:
+        mean, log_std = self.moments(x)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean) if sample else mean)
+
+
+class GMM(Policy):
+    """Equation 3. A least spread keeps the likelihood finite where the expert repeats itself to the digit."""
+
+    LEAST_STD = 1e-2
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__(obs_dim, low, high, args)
+        self.components = args.num_components
+        self.net = make_mlp(obs_dim, args.num_components * (1 + 2 * len(low)), args)
+
+    def mixture(self, x: Tensor) -> MixtureSameFamily:
+        logits, rest = self.net(x).split([self.components, 2 * self.components * self.action_dim], dim=-1)
+        mean, spread = rest.view(-1, self.components, 2 * self.action_dim).chunk(2, dim=-1)  # (B, K, A)
+        std = self.LEAST_STD + F.softplus(spread)
+        return MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean, std), 1), validate_args=False)
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:
+        return -self.mixture(x).log_prob(u)
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:
+        mixture = self.mixture(x)
+        if sample:
+            return mixture.sample()
+        best = mixture.mixture_distribution.logits.argmax(dim=-1)  # (B,)
+        means: Tensor = mixture.component_distribution.mean
+        return means[torch.arange(len(best), device=best.device), best]
+
+
+class Diffusion(Policy):
+    """Equation 4: noise becomes an action in T steps. The network predicts the clean action, which is clipped."""
+
+    alpha_bar: Tensor
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__(obs_dim, low, high, args)
+        self.steps = args.denoising_steps
+        self.net = make_mlp(obs_dim + len(low) + self.steps, len(low), args)
+        # The cosine schedule. A linear one, made for a thousand steps, would leave most of the action in u_T.
+        times = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        signal = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
+        betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        self.register_buffer("alpha_bar", torch.cat([torch.ones(1), (1 - betas).cumprod(0).float()]))  # ᾱ_0 .. ᾱ_T
+
+    def clean(self, x: Tensor, noisy: Tensor, t: Tensor) -> Tensor:  # t (B,) in 1 .. T
+        found: Tensor = self.net(torch.cat([x, noisy, F.one_hot(t - 1, self.steps).to(x)], dim=-1))
+        return found
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:
+        t = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
+        kept = self.alpha_bar[t][:, None]
+        noisy = kept.sqrt() * u + (1 - kept).sqrt() * torch.randn_like(u)
+        return (self.clean(x, noisy, t) - u).square().sum(dim=-1)
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:
+        u = torch.randn(len(x), self.action_dim, device=x.device)
+        for step in range(self.steps, 0, -1):
+            guess = self.clean(x, u, torch.full((len(x),), step, device=x.device)).clamp(-1, 1)
+            now, before = self.alpha_bar[step], self.alpha_bar[step - 1]
+            alpha = now / before
+            # The posterior of u_{t-1} given u_t and the clean action (DDPM, equations 6, 7); at t = 1 it is the guess.
+            u = (before.sqrt() * (1 - alpha) * guess + alpha.sqrt() * (1 - before) * u) / (1 - now)
+            if sample and step > 1:
+                u = u + ((1 - before) / (1 - now) * (1 - alpha)).sqrt() * torch.randn_like(u)
+        return u
+
+
+class Autoregressive(Policy):
+    """Equation 5: one network per dimension, all of them in one batched product, each seeing the dimensions before it.
+
+    The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there.
+    """
+
+    mask: Tensor
+
+    def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
+        super().__init__(obs_dim, low, high, args)
+        A, self.bins = len(low), args.num_bins
+        self.nets = StackedMLP(A, [obs_dim + A, *[args.hidden_size] * args.num_layers, self.bins], args.activation)
+        self.register_buffer("mask", torch.tril(torch.ones(A, A), diagonal=-1)[:, None])  # (A, 1, A): the ones before
+
+    def encode(self, u: Tensor) -> Tensor:
+        return ((u + 1) / 2 * (self.bins - 1)).round().long()
+
+    def decode(self, index: Tensor) -> Tensor:
+        return 2 * index / (self.bins - 1) - 1
+
+    def logits(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (A, B, bins)
+        return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), u * self.mask], dim=-1))
+
+    def error(self, x: Tensor, u: Tensor) -> Tensor:
+        index = self.encode(u)  # (B, A)
+        logits = self.logits(x, self.decode(index))
+        return F.cross_entropy(logits.flatten(0, 1), index.T.flatten(), reduction="none").view(-1, len(x)).sum(dim=0)
+
+    def decide(self, x: Tensor, sample: bool) -> Tensor:
+        u = torch.zeros(len(x), self.action_dim, device=x.device)
+        for i in range(self.action_dim):
+            logits = self.logits(x, u)[i]
+            u[:, i] = self.decode(Categorical(logits=logits).sample() if sample else logits.argmax(dim=-1))
+        return u
+
+
+VARIANTS: dict[str, type[Policy]] = {"mse": MSE, "gaussian": Gaussian, "gmm": GMM, "diffusion": Diffusion}
+VARIANTS |= {"autoregressive": Autoregressive}
+
+
+def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor) -> Actor:
+    """The actor of `mbpo_sac.py --save-policy` or of CleanRL."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = saved[0] if isinstance(saved, (tuple, list)) else saved
+        source, weights = saved.get("env_id", env_id), saved.get("actor", saved)
+        units, seen = weights["fc1.weight"].shape
+        fits = seen == obs_dim and weights["fc_mean.weight"].shape[0] == len(low)
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error!r})")
+    require(source == env_id and fits, f"--expert {path} was made for {source}, not for {env_id}")
+    actor = Actor(obs_dim, low.cpu(), high.cpu(), units)
+    try:
+        actor.load_state_dict({name: weight.view_as(actor.state_dict()[name]) for name, weight in weights.items()})
+    except (KeyError, RuntimeError) as error:
+        fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
+    return actor.to(low.device).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------ algorithm
+
+
+@torch.no_grad()
+def run_episodes(
+    act: Callable[[Tensor], Tensor], env_id: str, episodes: int, seed: int, device: torch.device,
+    max_episode_steps: int | None, video: Path | None = None,
+) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
+    """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
+    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
+    envs = VectorEnv(env_id, episodes, seed, **kwargs)
+    skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
+    seen, done, numbers, returns, seconds = [], [], [], np.zeros(episodes), []
+    while alive.any():
+        begin = time.perf_counter()
+        obs = torch.from_numpy(envs.obs[:, skip:]).to(device)
+        action = act(obs)
+        moves = action.cpu().numpy()
+        seconds.append(time.perf_counter() - begin)
+        if video and alive[0]:
+            frames.append(envs.envs[0].render())
+        rows, before = torch.from_numpy(alive.nonzero()[0]), envs.episode
+        seen.append(obs[rows])
+        done.append(action[rows])
+        numbers.append(rows)
+        _, reward, _ = envs.step(moves)
+        returns += reward * alive  # after its first episode an environment is only kept company
+        alive = alive & (envs.episode == before)
+    for env in envs.envs:
+        env.close()
+    if video:
+        write_video(frames, video)
+    return torch.cat(seen), torch.cat(done), torch.cat(numbers).to(device), returns, float(np.median(seconds))
+
+
+def train_batch(policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, action: Tensor, size: int) -> Tensor:
+    """One gradient step on a batch from obs (N, D) and action (N, A)."""
+    index = torch.randint(len(obs), (size,), device=obs.device)
+    loss = policy.loss(obs[index], action[index])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, number: int, device: torch.device) -> float:
+    """Round `number` (from 1): where the two of them go, and what the expert would do there. Returns their return."""
+    beta = args.dagger_beta**number
+
+    def mixture(obs: Tensor) -> Tensor:
+        asks_expert = torch.rand(len(obs), 1, device=obs.device) < beta
+        return torch.where(asks_expert, expert.mode(obs), policy.act(obs, args.sample))
+
+    seed = args.seed + 100_000 * number
+    obs, _, episode, returns, _ = run_episodes(
+        mixture, args.env_id, args.dagger_episodes, seed, device, args.max_episode_steps
+    )
+    data.add(obs, expert.mode(obs), episode)
+    return float(returns.mean())
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def write_video(frames: list[Any], path: Path) -> None:
+    from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+
+
+def describe(metrics: dict[str, float], returns: list[float]) -> str:
+    mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
+    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    if "eval/predicted_return" in metrics:
+        promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
+        text += f"; plans promised {promised:.2f}, got {realised:.2f}"
+    return text
+
+
+# Differs: an imitator is measured by its expert
+@torch.no_grad()
+def evaluate(
+    args: Args, policy: Policy, expert_return: float, episodes: int, device: torch.device, video: Path | None
+) -> tuple[dict[str, float], list[float]]:
+    """Whole episodes on the same seeds each time, none of them trained on."""
+    seed = args.seed + 1_000_000
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        act = lambda obs: policy.act(obs, args.sample)  # noqa: E731
+        obs, _, _, returns, seconds = run_episodes(
+            act, args.env_id, episodes, seed, device, args.max_episode_steps, video
+        )
+    mean = returns.mean().item()
+    metrics = {"eval/episodic_return": mean, "eval/episodic_length": len(obs) / episodes}
+    metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
+    metrics |= {"eval/expert_fraction": mean / expert_return if expert_return else 0.0, "time/act_ms": 1e3 * seconds}
+    return metrics, returns.tolist()
+
+
+# ----------------------------------------------------------------------------------------- logging and checkpoints
+
+
+def save_file(path: Path, contents: dict[str, Any]) -> None:
+    """Atomic: a process killed halfway leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(contents, temporary)
+    os.replace(temporary, path)
+
+
+def save_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Logger:
+    """The run folder: args.json, TensorBoard events and metrics.csv. What was logged after `step` (the checkpoint that
+    a resumed run starts from) is dropped, so that the curves look as if nothing had happened."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int | None = None):
+        self.run_dir, self.path = run_dir, run_dir / "metrics.csv"
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                id=run_dir.name, resume="allow", sync_tensorboard=True,
+            )  # fmt: skip
+        if step is not None and self.path.exists():
+            for row in list(csv.reader(self.path.open()))[1:]:
+                if len(row) == 3 and int(row[0]) <= step:  # a killed process may have torn the last row
+                    self.history[row[1]].append((int(row[0]), float(row[2])))
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--log-dir {args.log_dir}: {error}")
+        (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
+        save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
+        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        save_text(self.path, "step,tag,value\n" + "".join(rows))
+        self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        with self.path.open("a") as file:
+            for tag, value in values.items():
+                if not self.history[tag] or self.history[tag][-1][0] < step:  # else logged before it was resumed
+                    self.history[tag].append((step, value))
+                    self.writer.add_scalar(tag, value, step)
+                    file.write(f"{step},{tag},{value!r}\n")
+
+    def close(self, result: dict[str, float]) -> None:
+        """result.json marks the run as finished."""
+        self.writer.close()
+        save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
+
+    def picture(self, tag: str, figure: Any, step: int) -> None:
+        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
+        self.writer.add_figure(tag, figure, step)
+
+
+class Checkpointer:
+    """A run in one file: `parts` (whatever has a state_dict), `progress` (plain numbers and lists) and PyTorch's random
+    generators. SIGINT and SIGTERM only raise a flag, so that the loop can save before it leaves."""
+
+    def __init__(self, run_dir: Path, progress: dict[str, Any], parts: dict[str, Any]):
+        self.run_dir, self.progress, self.parts = run_dir, progress, parts
+        self.signal, self.started = 0, time.perf_counter()
+
+    def __enter__(self) -> "Checkpointer":
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # asked twice: leave at once
+        self.signal = number
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
+        self.progress.update(checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def save(self) -> None:
+        now = time.perf_counter()
+        self.progress["seconds"] += now - self.started  # over all sessions of a resumed run
+        self.started = now
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        save_file(self.run_dir / "checkpoint.pt", state)
+
+    def step(self, due: bool) -> None:
+        """Call after every step, with everything of that step done."""
+        if due or self.signal:
+            self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
+        if self.signal:
+            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+
+MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
+MAY_CHANGE |= {"dagger_rounds", "eval_only", "eval_episodes", "capture_video"}
+
+
+def load_args(run_dir: str) -> Args:
+    """The settings of an earlier run."""
+    path = Path(run_dir) / "args.json"
+    require(path.is_file(), f"--resume {run_dir}: this is no run folder (it has no args.json)")
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text())
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return Args(**saved)
+    except (AttributeError, TypeError, ValueError):
+        fail(f"--resume {run_dir}: its args.json is not from this script")
+
+
+def load_checkpoint(args: Args) -> dict[str, Any]:
+    """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
+    assert args.resume is not None
+    saved_args = asdict(load_args(args.resume))
+    for name, value in asdict(args).items():
+        was = saved_args[name]
+        message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
+        require(name in MAY_CHANGE or value == was, message)
+    path = Path(args.resume) / "checkpoint.pt"
+    require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"{path} is not a checkpoint ({type(error).__name__}); start the run anew")
+    require(script == SCRIPT, f"{path} was written by {script}.py")
+    return checkpoint
+
+
+def new_run_dir(args: Args) -> Path:
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}".replace(":", "-").replace("/", "-")
+    now = int(time.time())
+    while (run_dir := Path(args.log_dir) / f"{name}__{now}").exists():
+        now += 1
+    return run_dir
+
+
+def parse_args(command_line: list[str] | None = None) -> Args:
+    """With --resume, the earlier run's settings are the defaults."""
+    args = tyro.cli(Args, args=command_line)
+    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], device: torch.device) -> Demonstrations:
+    """The expert's episodes, from wherever they are to come."""
+    obs_dim, skip, action_dim = sizes
+    if args.data is not None:
+        return from_file(args.data, args.env_id, obs_dim, skip, action_dim)
+    if args.minari_id is not None:
+        return from_minari(args.minari_id, args.num_episodes, obs_dim, action_dim)
+    assert expert is not None
+    seed = args.seed + 2_000_000
+    rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
+    return Demonstrations(*rows[:3], rows[3].mean().item())
+
+
+# Differs: losses are all there is to diverge
+def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
+    """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
+    bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+    if bad:
+        checkpoint = run_dir / "checkpoint.pt"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        sys.exit(f"non-finite {bad[0]} at or before step {step}; {last}; try a smaller --learning-rate")
+
+
+@torch.no_grad()
+def measure(policy: Policy, data: Demonstrations, train: Tensor, test: Tensor, sample: bool) -> dict[str, float]:
+    """Losses, with the same random numbers each time, and how far off the actions are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        some = train[torch.randperm(len(train), device=train.device)[: len(test)]]
+        losses = [policy.loss(data.obs[rows], data.action[rows]).item() for rows in (some, test)]
+        done = policy.act(data.obs[test], sample)
+    off = (policy.scale(done) - policy.scale(data.action[test])).abs().mean().item()
+    return {"losses/train_loss": losses[0], "losses/holdout_loss": losses[1], "losses/action_error": off}
+
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    envs = VectorEnv(args.env_id, 1, args.seed, max_episode_steps=args.max_episode_steps)
+    skip, space = hidden_positions(envs.envs[0]), envs.action_space
+    obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(space)
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be scaled, {space} is not")
+    recorded = args.data is not None or args.minari_id is not None
+    needed = args.expert is not None or not recorded
+    expert = load_expert(expert_path(args), args.env_id, obs_dim, low, high) if needed else None
+    if checkpoint:
+        data = Demonstrations(*(checkpoint["data"][name] for name in ("obs", "action", "episode", "expert_return")))
+    else:
+        data = demonstrate(args, expert, (obs_dim, skip, action_dim), device)
+    data.obs, data.action, data.episode = data.obs.to(device), data.action.to(device), data.episode.to(device)
+
+    policy = VARIANTS[args.variant](obs_dim, low, high, args).to(device)
+    optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    decay = args.ema_decay if args.ema_decay is not None else 0.999 if args.variant == "diffusion" else 0.0
+    average, best = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
+
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    progress: dict[str, Any] = {"step": 0, "fit_step": 0, "round": 0, "stale": 0, "lowest": math.inf, "seconds": 0.0}
+    progress |= {"metrics": {}, "best_return": -math.inf}
+    parts = {"policy": policy, "average": average, "best": best, "optimizer": optimizer, "data": data}
+    with Checkpointer(run_dir, progress, parts) as checkpointer:
+        if checkpoint:
+            checkpointer.restore(checkpoint)
+        if args.eval_only:
+            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+            again, returns = evaluate(args, average, data.expert_return, args.eval_episodes, device, video)
+            print(f"{run_dir}: {describe(again, returns)}; {again['eval/expert_fraction']:.2f} of the expert's")
+            return again
+        log = Logger(run_dir, args, progress["step"] if checkpoint else None)
+        print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(data.obs)} transitions", flush=True)
+        while True:
+            # Train on everything so far.
+            train, test = split_episodes(data.episode, args.holdout_ratio, args.seed)
+            obs, action, number = data.obs[train], data.action[train], progress["round"]
+            if progress["step"] == 0:
+                policy.normaliser.fit(obs)
+                average.load_state_dict(policy.state_dict())
+            final = number >= args.dagger_rounds
+            bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc=f"round {number}", unit="step")
+            durations: list[float] = []
+            while progress["fit_step"] < args.train_steps:
+                begin = time.perf_counter()
+                progress["step"] += 1
+                progress["fit_step"] = step = progress["fit_step"] + 1
+                train_batch(policy, optimizer, obs, action, args.batch_size)
+                with torch.no_grad():
+                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - decay)
+                durations.append(time.perf_counter() - begin)
+                bar.update()
+                due, save = step % args.eval_every == 0 or step == args.train_steps, step % args.checkpoint_every == 0
+                if due:
+                    metrics = measure(average, data, train, test, args.sample)
+                    check_losses(metrics, progress["step"], run_dir)
+                    better = metrics["losses/holdout_loss"] < progress["lowest"]
+                    progress["lowest"] = min(progress["lowest"], metrics["losses/holdout_loss"])
+                    progress["stale"] = 0 if better else progress["stale"] + 1
+                    if better:
+                        best.load_state_dict(average.state_dict())
+                    if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
+                        policy.load_state_dict(best.state_dict())
+                        average.load_state_dict(best.state_dict())
+                        progress["fit_step"] = step = args.train_steps
+                    last = final and step == args.train_steps
+                    video = run_dir / "videos" / f"{progress['step']}.mp4" if args.capture_video else None
+                    episodes = args.eval_episodes if last else args.interim_episodes
+                    found, returns = evaluate(args, average, data.expert_return, episodes, device, video)
+                    progress["best_return"] = max(progress["best_return"], found["eval/episodic_return"])
+                    progress["metrics"] = metrics | found | {"eval/best_return": progress["best_return"]}
+                    speed = {"charts/SPS": 1 / float(np.mean(durations[10:] or durations))}
+                    log.scalars(
+                        progress["metrics"] | speed | {"charts/transitions": float(len(data.obs))}, progress["step"]
+                    )
+                    tqdm.write(f"{progress['step']} steps: {describe(found, returns)}")
+                checkpointer.step(due=save)
+            bar.close()
+            if final:
+                break
+            # Ask the expert about where the policy goes.
+            assert expert is not None
+            mixed = dagger(args, average, expert, data, number + 1, device)
+            tqdm.write(f"round {number + 1}: {args.dagger_episodes} episodes, return {mixed:.1f}")
+            progress.update(round=number + 1, fit_step=0, stale=0, lowest=math.inf)
+        checkpointer.save()
+    result: dict[str, float] = progress["metrics"] | {"minutes": progress["seconds"] / 60}
+    log.close(result)
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())

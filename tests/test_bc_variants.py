@@ -1,0 +1,458 @@
+"""bc_variants.py: each loss against its definition, two modes, data of all kinds, DAgger, runs."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+import bc_variants as bc
+import mbpo_sac
+
+LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
+NAMES = ["mse", "gaussian", "gmm", "diffusion", "autoregressive"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
+
+
+def small(variant: str, **changes) -> bc.Policy:
+    torch.manual_seed(0)
+    args = bc.Args(**({"variant": variant, "hidden_size": 16, "activation": "tanh"} | changes))
+    policy = bc.VARIANTS[variant](3, LOW, HIGH, args)
+    policy.normaliser.fit(torch.randn(100, 3) * 5 + 2)
+    return policy
+
+
+# ----------------------------------------------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_actions_are_scaled_standardised_and_within_bounds(variant):
+    policy = small(variant)
+    action = LOW + (HIGH - LOW) * torch.rand(50, 2)
+    u = policy.scale(action)
+    assert u.abs().max() <= 1
+    torch.testing.assert_close(policy.low + (u + 1) / 2 * (policy.high - policy.low), action)
+    seen = []
+    policy.decide = lambda x, sample: seen.append((x, sample)) or torch.full((len(x), 2), 3.0)
+    obs = torch.randn(4, 3)
+    assert torch.equal(policy.act(obs, True), HIGH.expand(4, -1)), "clipped to the bounds"
+    torch.testing.assert_close(seen[0][0], (obs - policy.normaliser.mean) / policy.normaliser.std)
+    assert seen[0][1] is True
+    policy.error = lambda x, u: seen.append((x, u)) or u.sum(-1)
+    assert policy.loss(obs, action[:4]).item() == pytest.approx(u[:4].sum(-1).mean().item())
+    torch.testing.assert_close(seen[1][0], seen[0][0])
+
+
+@pytest.mark.parametrize("variant", NAMES)
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_policy_acts_and_is_saved_whole(variant, sample, tmp_path):
+    policy = small(variant)
+    obs = torch.randn(7, 3)
+    torch.manual_seed(1)
+    action = policy.act(obs, sample)
+    assert action.shape == (7, 2) and (action >= LOW).all() and (action <= HIGH).all()
+    torch.save(policy.state_dict(), tmp_path / "policy.pt")
+    args = bc.Args(variant=variant, hidden_size=16, activation="tanh")
+    again = bc.VARIANTS[variant](3, torch.zeros(2), torch.ones(2), args)
+    again.load_state_dict(torch.load(tmp_path / "policy.pt", weights_only=True))
+    torch.manual_seed(1)
+    assert torch.equal(again.act(obs, sample), action)
+    torch.manual_seed(2)
+    assert (not torch.equal(policy.act(obs, sample), action)) == (
+        (sample and variant != "mse") or variant == "diffusion"
+    )
+
+
+def test_the_gaussians_density_is_torchs():
+    policy = small("gaussian")
+    x, u = torch.randn(40, 3), torch.rand(40, 2) * 1.9 - 0.95
+    mean, log_std = policy.moments(x)
+    reference = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform())
+    torch.testing.assert_close(policy.error(x, u), -reference.log_prob(u), rtol=1e-4, atol=1e-4)
+    assert log_std.exp().min() >= 1e-3 and log_std.exp().max() <= 3
+    assert policy.error(x, torch.ones(40, 2)).isfinite().all(), "a saturated expert"
+
+
+def test_the_mixtures_density_is_a_sum_of_gaussians():
+    policy = small("gmm", num_components=3)
+    x, u = torch.randn(5, 3), torch.rand(5, 2) * 2 - 1
+    out = policy.net(x)
+    for b in range(5):
+        weights, density = torch.softmax(out[b, :3], 0), 0.0
+        for k in range(3):
+            mean, spread = out[b, 3 + 4 * k : 5 + 4 * k], out[b, 5 + 4 * k : 7 + 4 * k]
+            std = 0.01 + torch.nn.functional.softplus(spread)
+            density += weights[k] * Normal(mean, std).log_prob(u[b]).sum().exp()
+        assert policy.error(x, u)[b].item() == pytest.approx(-math.log(density.item()), abs=1e-4)
+        best = int(weights.argmax())
+        torch.testing.assert_close(policy.decide(x, False)[b], out[b, 3 + 4 * best : 5 + 4 * best])
+
+
+def test_the_autoregressive_probabilities_sum_to_one_and_see_only_what_came_before():
+    policy = small("autoregressive", num_bins=6)
+    x, centres = torch.randn(1, 3), torch.linspace(-1, 1, 6)
+    grid = torch.cartesian_prod(centres, centres)  # every action there is
+    assert (-policy.error(x.expand(36, -1), grid)).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    torch.testing.assert_close(policy.decode(policy.encode(centres)), centres)
+    assert policy.decode(policy.encode(torch.tensor([-1.0, 1.0, 0.93]))).tolist() == [-1.0, 1.0, 1.0]
+    one, other = policy.logits(x, torch.tensor([[0.2, 0.9]])), policy.logits(x, torch.tensor([[0.2, -0.9]]))
+    assert torch.equal(one, other), "the last dimension is seen by none"
+    third = policy.logits(x, torch.tensor([[-0.7, 0.9]]))
+    assert torch.equal(one[0], third[0]) and not torch.allclose(one[1], third[1])
+    greedy = policy.decide(x, False)[0]
+    first = policy.logits(x, torch.zeros(1, 2))[0, 0].argmax()
+    second = policy.logits(x, torch.tensor([[centres[first], 0.0]]))[1, 0].argmax()
+    torch.testing.assert_close(greedy, torch.stack([centres[first], centres[second]]))
+
+
+def test_the_noise_schedule():
+    """The cosine schedule's betas for T = 10, and nearly nothing of the action left at the end."""
+    kept = small("diffusion").alpha_bar
+    betas = 1 - kept[1:] / kept[:-1]
+    expected = [0.0279, 0.0755, 0.1244, 0.1772, 0.2373, 0.3099, 0.4040, 0.5370, 0.7438, 0.999]
+    assert betas.tolist() == pytest.approx(expected, abs=6e-5) and kept[0] == 1 and kept[-1] < 0.01
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_denoising_with_a_perfect_guess_gives_the_action_and_stays_on_the_forward_process(sample):
+    policy, seen = small("diffusion"), []
+    target = torch.tensor([0.3, -0.8])
+
+    def clean(x, noisy, t):
+        seen.append((int(t[0]), noisy.clone()))
+        return target.expand(len(x), -1)
+
+    policy.clean = clean
+    found = policy.decide(torch.zeros(20_000, 3), sample)
+    torch.testing.assert_close(found, target.expand(20_000, -1), atol=1e-5, rtol=0)
+    assert [t for t, _ in seen] == list(range(10, 0, -1))
+    for t, noisy in seen:
+        torch.testing.assert_close(noisy.mean(0), policy.alpha_bar[t].sqrt() * target, atol=0.06, rtol=0)
+        if sample:  # with its noise each step has the variance of the forward process
+            torch.testing.assert_close(noisy.var(0), (1 - policy.alpha_bar[t]).expand(2), atol=0.06, rtol=0.05)
+
+
+def test_the_diffusion_loss_hides_the_action_by_the_schedule():
+    policy, seen = small("diffusion"), []
+    policy.clean = lambda x, noisy, t: seen.append((noisy, t)) or torch.zeros_like(noisy)
+    u = torch.full((50_000, 2), 0.5)
+    assert policy.error(torch.zeros(50_000, 3), u).mean().item() == pytest.approx(0.5)
+    noisy, t = seen[0]
+    assert t.min() == 1 and t.max() == 10
+    for step in (1, 5, 10):
+        rows = noisy[t == step]
+        kept = policy.alpha_bar[step]
+        torch.testing.assert_close(rows.mean(0), (kept.sqrt() * 0.5).expand(2), atol=0.05, rtol=0)
+        torch.testing.assert_close(rows.var(0), (1 - kept).expand(2), atol=0.05, rtol=0)
+
+
+def two_modes(variant: str) -> torch.Tensor:
+    """Half of the experts go left, half go right, both dimensions together. 2,000 samples of what is learned."""
+    torch.manual_seed(0)
+    args = bc.Args(variant=variant, hidden_size=64, num_bins=21)
+    policy = bc.VARIANTS[variant](1, -torch.ones(2), torch.ones(2), args)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    obs = torch.zeros(1_000, 1)
+    action = torch.where(torch.arange(1_000)[:, None] % 2 == 0, 0.7, -0.7) + 0.02 * torch.randn(1_000, 2)
+    for _ in range(800):
+        bc.train_batch(policy, optimizer, obs, action, 256)
+    with torch.no_grad():
+        return policy.act(torch.zeros(2_000, 1), sample=True)
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_two_modes(variant):
+    action = two_modes(variant)
+    near = [((action - mode).abs().amax(1) < 0.2).float().mean().item() for mode in (-0.7, 0.7)]
+    if variant == "mse":
+        assert action.abs().max() < 0.1, "the mean of two good actions"
+    elif variant == "gaussian":
+        assert sum(near) < 0.6, "one broad hump over both"
+    else:
+        assert min(near) > 0.35 and sum(near) > 0.93, "both modes, dimensions together"
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def make_expert(path: Path, env_id: str = "Pendulum-v1", seed: int = 0) -> mbpo_sac.Actor:
+    torch.manual_seed(seed)
+    env = gym.make(env_id)
+    low, high = torch.as_tensor(env.action_space.low), torch.as_tensor(env.action_space.high)
+    actor = mbpo_sac.Actor(env.observation_space.shape[0], low, high, 8)
+    with torch.no_grad():
+        actor.fc_mean.weight *= 5
+    torch.save({"env_id": env_id, "actor": actor.state_dict()}, path)
+    return actor
+
+
+TINY = dict(env_id="Pendulum-v1", max_episode_steps=20, num_episodes=4, train_steps=40, batch_size=16, hidden_size=8)
+TINY |= dict(eval_every=20, eval_episodes=2, interim_episodes=2, num_threads=1, cuda=False)
+
+
+def tiny(tmp_path: Path, **changes: object) -> bc.Args:
+    tmp_path.mkdir(exist_ok=True)
+    expert = tmp_path / "expert.pt"
+    if not expert.exists():
+        make_expert(expert)
+    return bc.Args(**({"log_dir": str(tmp_path / "runs"), "expert": str(expert)} | TINY | changes))
+
+
+def run(args) -> tuple[dict[str, float], Path]:
+    result = bc.main(args)
+    return result, Path(args.resume) if args.resume else sorted(Path(args.log_dir).iterdir())[-1]
+
+
+def stored(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def test_the_expert_is_rolled_out_and_its_return_is_its_own(tmp_path):
+    actor = make_expert(tmp_path / "expert.pt")
+    _, run_dir = run(tiny(tmp_path))
+    data = stored(run_dir)["data"]
+    assert data["obs"].shape == (80, 3) and data["episode"].bincount().tolist() == [20] * 4
+    torch.testing.assert_close(data["action"], actor.mode(data["obs"]).detach())
+    returns = []
+    for episode in range(4):
+        env = gym.make("Pendulum-v1", max_episode_steps=20)
+        obs, total = env.reset(seed=2_000_001 + episode)[0], 0.0
+        rows = data["obs"][data["episode"] == episode]
+        for t in range(20):
+            np.testing.assert_allclose(rows[t], obs, rtol=1e-5)
+            obs, reward, *_ = env.step(actor.mode(torch.from_numpy(obs)[None])[0].detach().numpy())
+            total += float(reward)
+        returns.append(total)
+    assert data["expert_return"] == pytest.approx(np.mean(returns), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["state dict", "tuple", "double"])
+def test_cleanrls_files_load(tmp_path, kind):
+    actor = make_expert(tmp_path / "ours.pt")
+    weights = actor.state_dict()
+    if kind == "double":  # its scale is (1, A) in some versions
+        weights = {n: v[None] if n.startswith("action") else v for n, v in weights.items()}
+    torch.save((weights, {}, {}) if kind == "tuple" else weights, tmp_path / "theirs.pt")
+    loaded = bc.load_expert(str(tmp_path / "theirs.pt"), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))
+    obs = torch.randn(5, 3)
+    assert torch.equal(loaded.mode(obs), actor.mode(obs))
+
+
+def test_recorded_data_of_both_kinds(tmp_path):
+    make_expert(tmp_path / "expert.pt")
+    _, run_dir = run(tiny(tmp_path))
+    data = stored(run_dir)["data"]
+    plain = {"observations": data["obs"], "actions": data["action"], "mean_reward": -123.0, "std_reward": 1.0}
+    torch.save(plain, tmp_path / "plain.pt")
+    again, other = run(tiny(tmp_path, data=str(tmp_path / "plain.pt"), expert=None))
+    assert torch.equal(stored(other)["data"]["obs"], data["obs"])
+    assert again["eval/expert_fraction"] == pytest.approx(again["eval/episodic_return"] / -123.0)
+    ours = {
+        "env_id": "HalfCheetah-v5",
+        "obs": torch.randn(60, 18),
+        "action": torch.rand(60, 6),
+        "reward": torch.ones(60),
+    }
+    ours |= {"next_obs": torch.randn(60, 18), "terminated": torch.zeros(60), "episode": torch.arange(60) // 20}
+    torch.save(ours, tmp_path / "ours.pt")
+    changes = {"env_id": "HalfCheetah-v5", "data": str(tmp_path / "ours.pt"), "expert": None}
+    _, third = run(tiny(tmp_path / "third", **changes))
+    kept = stored(third)["data"]
+    assert torch.equal(kept["obs"], ours["obs"][:, 1:]), "x is hidden from a policy"
+    assert kept["expert_return"] == pytest.approx(20.0)
+
+
+def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, env = np.random.default_rng(0), gym.make("InvertedPendulum-v5")
+    space = gym.spaces.Box(-0.4, 0.4, (1,), np.float32)
+    buffers = []
+    for length, ended in ((12, True), (9, False), (15, True)):
+        obs, action = rng.normal(size=(length + 1, 4)), rng.uniform(-0.4, 0.4, (length, 1)).astype(np.float32)
+        ends = np.zeros(length, bool)
+        ends[-1] = True
+        rows = {"observations": list(obs), "actions": list(action), "rewards": [1.0] * length}
+        rows |= {"terminations": list(ends & ended), "truncations": list(ends & (not ended))}
+        buffers.append(EpisodeBuffer(id=len(buffers), **rows))
+    minari.create_dataset_from_buffers(
+        "toy/falls-v0", buffers, env=env, observation_space=env.observation_space, action_space=space
+    )
+    changes = {"env_id": "InvertedPendulum-v5", "minari_id": "toy/falls-v0", "expert": None, "num_episodes": 2}
+    result, run_dir = run(tiny(tmp_path, **changes))
+    data = stored(run_dir)["data"]
+    assert data["episode"].bincount().tolist() == [12, 9] and data["obs"].shape == (21, 4)
+    np.testing.assert_allclose(data["obs"][12:], np.asarray(buffers[1].observations)[:9], rtol=1e-6)
+    np.testing.assert_allclose(data["action"][:12], np.asarray(buffers[0].actions))
+    assert data["expert_return"] == pytest.approx(10.5) and math.isfinite(result["losses/train_loss"])
+
+
+# ------------------------------------------------------------------------------------------------------------- DAgger
+
+
+def test_dagger_asks_the_expert_everywhere_and_goes_where_the_policy_goes(tmp_path):
+    expert = make_expert(tmp_path / "expert.pt")
+    policy = bc.MSE(3, torch.tensor([-2.0]), torch.tensor([2.0]), bc.Args(hidden_size=8))
+    args = tiny(tmp_path, dagger_episodes=3)
+    start = lambda: bc.Demonstrations(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([0, 1]), 0.0)  # noqa: E731
+    visited = {}
+    for beta in (0.0, 0.5, 1.0):
+        args.dagger_beta, data = beta, start()
+        torch.manual_seed(0)
+        bc.dagger(args, policy, expert, data, 1, torch.device("cpu"))
+        assert len(data.obs) == 62 and data.episode[2:].bincount().tolist() == [0, 0, 20, 20, 20]
+        torch.testing.assert_close(data.action[2:], expert.mode(data.obs[2:]).detach())
+        visited[beta] = data.obs[2:].view(20, 3, 3)  # the three episodes side by side
+    device, seed = torch.device("cpu"), args.seed + 100_000
+    for beta, act in ((0.0, policy.act), (1.0, expert.mode)):
+        alone = bc.run_episodes(act, args.env_id, 3, seed, device, 20)[0]
+        torch.testing.assert_close(visited[beta].reshape(60, 3), alone)
+    assert not torch.equal(visited[0.5], visited[0.0]) and not torch.equal(visited[0.5], visited[1.0])
+    args.dagger_beta, data = 0.5, start()
+    asked = []
+    expert.mode = lambda obs: asked.append(len(obs)) or torch.zeros(len(obs), 1)
+    torch.manual_seed(0)
+    shares = []
+    where = torch.where
+    try:
+        torch.where = lambda condition, *rest: shares.append(condition.float().mean().item()) or where(condition, *rest)
+        bc.dagger(args, policy, expert, data, 3, device)
+    finally:
+        torch.where = where
+    assert np.mean(shares) == pytest.approx(0.125, abs=0.09), "beta to the power of the round"
+
+
+def test_dagger_helps_where_cloning_drifts(tmp_path):
+    """One expert episode, then its corrections: the action error on the expert's own states cannot show it."""
+    plain, _ = run(tiny(tmp_path, num_episodes=1, train_steps=300, max_episode_steps=100, learning_rate=3e-3))
+    more, run_dir = run(
+        tiny(tmp_path, num_episodes=1, train_steps=300, max_episode_steps=100, learning_rate=3e-3, dagger_rounds=4)
+    )
+    assert len(stored(run_dir)["data"]["obs"]) == 100 * (1 + 4 * 5)
+    assert more["losses/action_error"] < plain["losses/action_error"] or more["losses/action_error"] < 0.05
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def logged(run_dir: Path) -> list[tuple[str, ...]]:
+    rows = [tuple(row) for row in csv.reader((run_dir / "metrics.csv").open())]
+    return sorted(row for row in rows if not row[1].startswith(("time/", "charts/SPS")))
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, variant):
+    result, run_dir = run(tiny(tmp_path, variant=variant, dagger_rounds=1, dagger_episodes=2))
+    tags = {row[1] for row in csv.reader((run_dir / "metrics.csv").open())} - {"tag"}
+    prefixes = ("charts/", "eval/", "losses/", "time/")
+    documented = {line.split()[0] for line in bc.__doc__.splitlines() if line.strip().startswith(prefixes)}
+    assert tags == documented
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    again = bc.main(bc.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    for name in ("eval/episodic_return", "eval/episodic_return_std", "eval/expert_fraction"):
+        assert again[name] == result[name]
+
+
+@pytest.mark.parametrize("variant, call", [("mse", 57), ("diffusion", 33), ("autoregressive", 50), ("gmm", 12)])
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, variant, call):
+    changes = {"variant": variant, "dagger_rounds": 1, "dagger_episodes": 2}
+    _, whole = run(tiny(tmp_path / "whole", **changes))
+    args = tiny(tmp_path / "killed", checkpoint_every=7, **changes)
+    original, calls = bc.train_batch, iter(range(10**6))
+
+    def killed(*args):
+        if next(calls) == call:
+            raise MemoryError
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bc, "train_batch", killed)
+        with pytest.raises(MemoryError):
+            bc.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    bc.main(bc.parse_args(["--resume", str(run_dir)]))
+    one, two = stored(whole), stored(run_dir)
+    for part in ("policy", "average", "data"):
+        same = [torch.equal(one[part][n], two[part][n]) for n in one[part] if isinstance(one[part][n], torch.Tensor)]
+        assert all(same) and same
+    assert logged(whole) == logged(run_dir)
+
+
+def test_an_early_stop_goes_back_to_the_best(tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 9.0])
+    weights = []
+
+    def measured(policy, *rest):
+        weights.append({name: value.clone() for name, value in policy.state_dict().items()})
+        return {"losses/train_loss": 0.0, "losses/holdout_loss": next(losses), "losses/action_error": 0.0}
+
+    monkeypatch.setattr(bc, "measure", measured)
+    _, run_dir = run(tiny(tmp_path, train_steps=1_000, stop_after=2))
+    assert len(weights) == 4, "it stops after two evaluations without a lower loss"
+    final = stored(run_dir)["average"]
+    assert all(torch.equal(final[name], weights[1][name]) for name in final)
+    assert not all(torch.equal(final[name], weights[3][name]) for name in final)
+
+
+def test_the_running_mean_is_one(tmp_path):
+    _, run_dir = run(tiny(tmp_path, ema_decay=0.9))
+    saved = stored(run_dir)
+    assert not torch.equal(saved["policy"]["net.0.weight"], saved["average"]["net.0.weight"])
+    _, run_dir = run(tiny(tmp_path, ema_decay=0.0))
+    saved = stored(run_dir)
+    assert torch.equal(saved["policy"]["net.0.weight"], saved["average"]["net.0.weight"])
+
+
+def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
+    args = tiny(tmp_path, learning_rate=1e30, checkpoint_every=20)
+    with pytest.raises(SystemExit) as exit:
+        bc.main(args)
+    assert "non-finite losses/" in str(exit.value.code)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"expert": "no-such-file.pt"}, "mbpo_sac.py --env-id Pendulum-v1"),
+        ({"expert": None}, "no such file; make it with"),
+        ({"expert": None, "data": "plain", "dagger_rounds": 1}, "needs an expert to ask"),
+        ({"data": "plain", "minari_id": "x"}, "two sources"),
+        ({"expert": "other"}, "was made for Other-v0, not for Pendulum-v1"),
+        ({"expert": "shape"}, "is no actor"),
+        ({"expert": None, "data": "wrong"}, "not (N, 3) and (N, 1)"),
+        ({"expert": None, "data": "empty"}, "N > 1"),
+        ({"expert": None, "data": "nan"}, "non-finite"),
+        ({"expert": None, "data": "strange"}, "holds neither"),
+        ({"num_bins": 1}, "--num-bins"),
+        ({"dagger_beta": 2.0}, "--dagger-beta"),
+        ({"eval_only": True}, "--eval-only needs --resume"),
+    ],
+)
+def test_bad_arguments(tmp_path, capfd, changes, words):
+    rows = {"observations": torch.randn(10, 3), "actions": torch.rand(10, 1), "mean_reward": 1.0}
+    files = {"plain": rows, "wrong": rows | {"actions": torch.rand(10, 2)}, "strange": {"x": 1}}
+    files |= {"nan": rows | {"actions": torch.full((10, 1), torch.nan)}}
+    files |= {"empty": rows | {"observations": torch.randn(0, 3), "actions": torch.rand(0, 1)}}
+    actor = make_expert(tmp_path / "good.pt")
+    files |= {"other": {"env_id": "Other-v0", "actor": actor.state_dict()}, "shape": {"fc1.weight": torch.zeros(3)}}
+    for name, contents in files.items():
+        torch.save(contents, tmp_path / name)
+    changes = {k: str(tmp_path / v) if isinstance(v, str) and v in files else v for k, v in changes.items()}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        bc.main(tiny(tmp_path, **changes))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "runs").exists()

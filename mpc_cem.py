@@ -50,7 +50,7 @@ The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1
 
     python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan \
         --candidate-decay 1 --no-mean-candidate --num-candidates 1_000 --horizon 15 --ensemble-size 3 \
-        --hidden-size 250 --activation tanh --train-steps 1_500
+        --hidden-size 250 --activation tanh --train-steps 1_500 --no-wrap-angles
 
 Usage:
 
@@ -99,7 +99,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -187,11 +187,13 @@ class Args:
     """units of each hidden layer"""
     activation: Activation = "silu"
     """nonlinearity of the hidden layers"""
+    wrap_angles: bool = True
+    """the network sees sine and cosine of angles that turn without limit (MuJoCo), not the angles"""
     reward: Literal["auto", "known", "learned"] = "auto"
     """known: by formula (the environment's batch_reward, batch_terminated); learned: predicted; auto: known if it is"""
 
     # Training
-    train_steps: int = 2_000
+    train_steps: int = 5_000
     """gradient steps per fit of the model"""
     batch_size: int = 512
     """samples in the batch of each gradient step (and of each member)"""
@@ -223,7 +225,7 @@ class Args:
     """start from the plan of the last step, shifted by one"""
     keep_elites: float = 0.3
     """share of the elites that competes again in the next iteration and, shifted, in the next step"""
-    noise_beta: float = 1.0
+    noise_beta: float = 0.25
     """power of the noise falls as frequency^-beta along the horizon; 0 is white noise"""
     candidate_decay: float = 1.25
     """num_candidates shrinks by this factor in each iteration, to no less than twice the elites"""
@@ -311,6 +313,19 @@ POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5"
 
 def hidden_positions(env: gym.Env[Any, Any]) -> int:
     return POSITIONS.get(env.spec.id, 0) if env.spec else 0
+
+
+def free_angles(env: gym.Env[Any, Any]) -> list[int]:
+    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn."""
+    task: Any = env.unwrapped
+    if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
+        return []
+    model, positions = task.model, np.array(task.data.qpos)
+    if not positions.any() or not np.allclose(task._get_obs()[: len(positions)], positions):
+        return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
+    hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
+    free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
+    return [int(address) for address in model.jnt_qposadr[free]]
 
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
@@ -591,7 +606,8 @@ class StackedMLP(nn.Module):
 class DynamicsModel(nn.Module):
     """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
 
-    The first `skip` observation dimensions (absolute positions) are predicted but not seen. With `learn_reward` the
+    The first `skip` observation dimensions (absolute positions) are predicted but not seen, and `angles`, which turn
+    without limit, are seen as sine and cosine. With `learn_reward` the
     target has two more columns: the reward, normalised like Δs, and whether the step terminated, as a logit.
     """
 
@@ -599,20 +615,29 @@ class DynamicsModel(nn.Module):
 
     def __init__(
         self, obs_dim: int, action_dim: int, ensemble_size: int, num_layers: int, hidden_size: int, activation: str,
-        learn_reward: bool, skip: int,
+        learn_reward: bool, skip: int, angles: Sequence[int] = (),
     ):  # fmt: skip
         super().__init__()
         self.obs_dim, self.action_dim, self.ensemble_size = obs_dim, action_dim, ensemble_size
-        self.learn_reward, self.skip = learn_reward, skip
+        self.learn_reward, self.skip, self.angles = learn_reward, skip, list(angles)
+        self.seen = [dim for dim in range(skip, obs_dim) if dim not in self.angles]
         self.num_targets = obs_dim + learn_reward
-        num_inputs, num_outputs = obs_dim - skip + action_dim, self.num_targets * self.outputs_per_target + learn_reward
+        num_inputs = len(self.seen) + 2 * len(self.angles) + action_dim
+        num_outputs = self.num_targets * self.outputs_per_target + learn_reward
         self.input_normaliser, self.target_normaliser = Normaliser(num_inputs), Normaliser(self.num_targets)
         self.mlp = StackedMLP(ensemble_size, [num_inputs, *[hidden_size] * num_layers, num_outputs], activation)
+
+    def inputs(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What the network sees, not yet normalised: after a somersault an angle has changed, the body has not."""
+        if not self.angles:
+            return torch.cat([obs[..., self.skip :], action], dim=-1)
+        angle = obs[..., self.angles]
+        return torch.cat([obs[..., self.seen], angle.sin(), angle.cos(), action], dim=-1)
 
     def regression_data(self, buffer: ReplayBuffer, rows: Tensor, fit: bool = False) -> tuple[Tensor, Tensor]:
         """Inputs x (N, in) and targets y (N, out) of these rows, normalised once per fit rather than once per batch."""
         obs, action, next_obs = buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows]
-        x, y = torch.cat([obs[:, self.skip :], action], dim=1), next_obs - obs
+        x, y = self.inputs(obs, action), next_obs - obs
         if self.learn_reward:
             y = torch.cat([y, buffer.reward[rows, None]], dim=1)
         if fit:
@@ -634,7 +659,7 @@ class DynamicsModel(nn.Module):
 
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(E, B, D), (E, B, A) -> mean next_obs (E, B, D); reward and termination probability (E, B) if learned."""
-        x = self.input_normaliser(torch.cat([obs[..., self.skip :], action], dim=-1))
+        x = self.input_normaliser(self.inputs(obs, action))
         output = self.mlp(x.to(self.mlp.weights[0].dtype)).float()  # a planner may keep the weights in bfloat16
         change = self.target_normaliser.inverse(output[..., : self.num_targets])
         next_obs = obs + change[..., : self.obs_dim]
@@ -1252,6 +1277,7 @@ def main(args: Args) -> dict[str, float]:
         "hidden_size": args.hidden_size,
     }
     shape |= {"activation": args.activation, "learn_reward": formulas is None, "skip": hidden_positions(envs.envs[0])}
+    shape |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
     model = Ensemble(obs_dim, action_dim, **shape).to(device)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
 

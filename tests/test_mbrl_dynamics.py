@@ -941,3 +941,54 @@ def test_bad_checkpoints(tmp_path, capfd):
     assert "no checkpoint.pt" in one_line_error(capfd, lambda: md.main(md.parse_args(resume)))
     (run_dir / "args.json").write_text("{}{")
     assert "args.json" in one_line_error(capfd, lambda: md.parse_args(resume))
+
+
+# ------------------------------------------------------------------------------------------------------------- angles
+
+
+@pytest.mark.parametrize(
+    "env_id, angles",
+    [
+        ("HalfCheetah-v5", [2]),
+        ("Swimmer-v5", [2]),
+        ("Ant-v5", []),
+        ("Pusher-v5", []),
+        ("InvertedPendulum-v5", []),
+        ("InvertedDoublePendulum-v5", []),  # its observation holds sines already
+        ("Pendulum-v1", []),
+        ("envs:PostureCheetah-v0", [2]),
+        ("envs:Reacher7DoF-v0", []),
+        ("envs:Obstacles-v0", []),
+    ],
+)
+def test_angles_that_turn_without_limit(env_id, angles):
+    env = md.make_env(env_id)
+    obs, _ = env.reset(seed=0)
+    assert md.free_angles(env) == angles
+    for angle in angles:
+        assert obs[angle] == env.unwrapped.data.qpos[angle]
+
+
+def test_a_full_turn_changes_nothing_and_half_a_turn_does():
+    torch.manual_seed(0)
+    shape = dict(ensemble_size=2, num_layers=1, hidden_size=8, activation="tanh", learn_reward=False)
+    model = md.Ensemble(5, 2, **shape, skip=1, angles=[2])
+    obs, action = torch.randn(2, 7, 5), torch.randn(2, 7, 2)
+    inputs = model.inputs(obs, action)
+    expected = [obs[..., 1:2], obs[..., 3:], obs[..., 2:3].sin(), obs[..., 2:3].cos(), action]
+    torch.testing.assert_close(inputs, torch.cat(expected, dim=-1))
+    turn = torch.tensor([3.0, 0, 2 * torch.pi, 0, 0])  # nor does where it is
+    change = model.predict(obs, action)[0] - obs
+    torch.testing.assert_close(model.predict(obs + turn, action)[0] - obs - turn, change, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model.predict(obs + turn / 2, action)[0] - obs - turn / 2, change, atol=1e-2)
+    plain = md.Ensemble(5, 2, **shape, skip=1)
+    torch.testing.assert_close(plain.inputs(obs, action), torch.cat([obs[..., 1:], action], dim=-1))
+
+
+def test_a_run_wraps_angles_unless_told_not_to(tmp_path):
+    for wrap in (True, False):
+        args = md.Args(env_id="HalfCheetah-v5", log_dir=str(tmp_path / str(wrap)), wrap_angles=wrap)
+        args.initial_steps, args.train_steps, args.hidden_size, args.cuda = 2_100, 2, 8, False
+        md.main(args)
+        model = md.load_model(next(Path(args.log_dir).iterdir()) / "model.pt")
+        assert model.angles == ([2] if wrap else []) and model.mlp.weights[0].shape[1] == 17 + 6 + wrap

@@ -39,8 +39,10 @@ The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, s
 
     --shift-plan        start from the last step's plan, one step on: the world has moved by one step only
     --keep-elites       let some of the last elites (shifted too) compete again: a good plan is not lost to bad luck
-    --noise-beta        draw noise whose power falls as f^-β over the horizon: white noise averages out and the body
-                        only trembles, slow noise moves it somewhere
+    --noise-beta        draw noise whose power falls as f^-β over the horizon: where steps are short (10 ms), white
+                        noise averages out and the body only trembles; where they are long (50 ms), slow noise is too
+                        slow for it: on HalfCheetah-v5's true dynamics 120 steps earn 763, 552, 381 and 309 with β 0,
+                        0.25, 0.5 and 1 (one episode each), on PostureCheetah-v0's all of them nearly the same
     --candidate-decay   K shrinks by this factor each iteration: a narrow Gaussian needs fewer samples than a wide one
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and ε at ±2 (PETS): no pile of samples on the bounds

@@ -24,7 +24,7 @@ may be a bad one. With x the standardised observation and u the action scaled to
     autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i log p(bin of u_i | x, u_1 .. u_i-1)           (5)
 
 mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
-the most likely component or bin, denoising without added noise), or a sample with `--sample`.
+the most likely component or bin, denoising with the noise it began with), or a sample with `--sample`.
 
 All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
 (Ross et al. 2011) asks the expert what it would have done where the policy went:
@@ -37,7 +37,7 @@ All of them drift: small errors lead to states in which the expert never was, an
 
 Usage:
 
-    python bc_variants.py --variant mse                        # clones experts/HalfCheetah-v5.pt
+    python bc_variants.py --variant mse                        # clones experts/HalfCheetah-v5.pt, if it is there
     python bc_variants.py --variant diffusion --num-episodes 5 --dagger-rounds 5
     python bc_variants.py --env-id Hopper-v5 --expert hopper.pt            # written by mbpo_sac.py --save-policy
     python bc_variants.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
@@ -46,27 +46,29 @@ Usage:
     python bc_variants.py --resume RUN_DIR --eval-only         # the evaluation of that run again
 
 An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
-that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations`
-(N, D), `actions` (N, A) and `mean_reward` (the expert's return). Without an expert to ask there is no DAgger.
+that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations` (N,
+D), `actions` (N, A), both tensors, and `mean_reward` (the expert's return, a number); all of it is used. Without an
+expert to ask there is no DAgger.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
 
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/expert_fraction        the mean return over the expert's own
+    eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
-    losses/train_loss           equation 1 to 5, mean since the last evaluation
+    losses/train_loss           equation 1 to 5 on as many training transitions as are held out
     losses/holdout_loss         the same on held-out episodes
     losses/action_error         mean absolute difference to the expert's action there, in half-ranges, of what is done
     charts/SPS                  gradient steps per second, the first ten left out
     charts/transitions          transitions in the data
     time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once
 
-Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
-(equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
-cosine schedule); Chi et al. 2023, diffusion policy, arXiv 2303.04137; Metz et al. 2017, arXiv 1705.05035 (equation 5);
-Ross, Gordon and Bagnell 2011, DAgger, arXiv 1011.0686.
+Papers: Song et al. 2021, DDIM, arXiv 2010.02502 (denoising without added noise); Pomerleau 1989 (cloning); Bishop 1994
+(mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239 (equation 4, here predicting the clean action instead
+of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the cosine schedule); Chi et al. 2023, diffusion policy,
+arXiv 2303.04137; Metz et al. 2017, arXiv 1705.05035 (equation 5); Ross, Gordon and Bagnell 2011, DAgger, arXiv
+1011.0686.
 """
 
 import copy
@@ -238,7 +240,7 @@ def check_args(args: Args) -> None:
     require(decay is None or 0 <= decay < 1, f"--ema-decay must lie in [0, 1), got {decay}")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
     require(args.data is None or args.minari_id is None, "--data and --minari-id are two sources: give one of them")
-    if args.data is not None:
+    if args.data is not None and args.resume is None:
         require(Path(args.data).is_file(), f"--data {args.data}: there is no such file")
     no_expert = "--dagger-rounds needs an expert to ask: give --expert FILE (recorded data cannot answer)"
     recorded = args.data is not None or args.minari_id is not None
@@ -246,6 +248,8 @@ def check_args(args: Args) -> None:
     if args.resume is None and (args.expert is not None or not recorded):
         how = f"python mbpo_sac.py --env-id {args.env_id} --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000"
         how += f" --save-policy {expert_path(args)}"
+        folder = Path(expert_path(args)).parent
+        how = how if folder.is_dir() else f"mkdir -p {folder} && {how}"
         require(Path(expert_path(args)).is_file(), f"--expert {expert_path(args)}: no such file; make it with: {how}")
     if args.minari_id is not None:
         fine = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.minari_id) is not None
@@ -377,17 +381,30 @@ class Demonstrations:
 
     def __init__(self, obs: Tensor, action: Tensor, episode: Tensor, expert_return: float):
         self.obs, self.action, self.episode, self.expert_return = obs.float(), action.float(), episode, expert_return
+        self.parts = [len(obs)]  # transitions of the expert, and of each round of DAgger
+
+    def split(self, holdout_ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Training and held-out rows. Each part is split on its own: what was held out once is so in all rounds."""
+        ends = itertools.accumulate(self.parts)
+        splits = [
+            [rows + end - size for rows in split_episodes(self.episode[end - size : end], holdout_ratio, seed)]
+            for size, end in zip(self.parts, ends, strict=True)
+        ]
+        train, test = zip(*splits, strict=True)
+        return torch.cat(train), torch.cat(test)
 
     def add(self, obs: Tensor, action: Tensor, episode: Tensor) -> None:
         self.obs, self.action = torch.cat([self.obs, obs]), torch.cat([self.action, action])
         self.episode = torch.cat([self.episode, episode + int(self.episode.max()) + 1])
+        self.parts.append(len(obs))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"obs": self.obs, "action": self.action, "episode": self.episode, "expert_return": self.expert_return}
+        tensors = {"obs": self.obs, "action": self.action, "episode": self.episode}
+        return {**tensors, "expert_return": self.expert_return, "parts": self.parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs, self.action, self.episode = (state[name].to(self.obs.device) for name in ("obs", "action", "episode"))
-        self.expert_return = state["expert_return"]
+        self.expert_return, self.parts = state["expert_return"], list(state["parts"])
 
 
 def check_data(columns: dict[str, Tensor], source: str) -> None:
@@ -648,7 +665,8 @@ class GMM(Policy):
         logits, rest = self.net(x).split([self.components, 2 * self.components * self.action_dim], dim=-1)
         mean, spread = rest.view(-1, self.components, 2 * self.action_dim).chunk(2, dim=-1)  # (B, K, A)
         std = self.LEAST_STD + F.softplus(spread)
-        return MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean, std), 1), validate_args=False)
+        choice, component = Categorical(logits=logits, validate_args=False), Normal(mean, std, validate_args=False)
+        return MixtureSameFamily(choice, Independent(component, 1), validate_args=False)  # check_losses does
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
         return -self.mixture(x).log_prob(u)
@@ -692,10 +710,14 @@ class Diffusion(Policy):
         for step in range(self.steps, 0, -1):
             guess = self.clean(x, u, torch.full((len(x),), step, device=x.device)).clamp(-1, 1)
             now, before = self.alpha_bar[step], self.alpha_bar[step - 1]
+            if not sample:  # DDIM: the same noise, less of it; without added noise the line below would average modes
+                noise = (u - now.sqrt() * guess) / (1 - now).sqrt()
+                u = before.sqrt() * guess + (1 - before).sqrt() * noise
+                continue
             alpha = now / before
             # The posterior of u_{t-1} given u_t and the clean action (DDPM, equations 6, 7); at t = 1 it is the guess.
             u = (before.sqrt() * (1 - alpha) * guess + alpha.sqrt() * (1 - before) * u) / (1 - now)
-            if sample and step > 1:
+            if step > 1:
                 u = u + ((1 - before) / (1 - now) * (1 - alpha)).sqrt() * torch.randn_like(u)
         return u
 
@@ -814,7 +836,7 @@ def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, numb
         asks_expert = torch.rand(len(obs), 1, device=obs.device) < beta
         return torch.where(asks_expert, expert.mode(obs), policy.act(obs, args.sample))
 
-    seed = args.seed + 100_000 * number
+    seed = args.seed + 3_000_000 + 100_000 * number  # not those of the evaluation or of the expert
     obs, _, episode, returns, _ = run_episodes(
         mixture, args.env_id, args.dagger_episodes, seed, device, args.max_episode_steps
     )
@@ -857,7 +879,10 @@ def evaluate(
     mean = returns.mean().item()
     metrics = {"eval/episodic_return": mean, "eval/episodic_length": len(obs) / episodes}
     metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
-    metrics |= {"eval/expert_fraction": mean / expert_return if expert_return else 0.0, "time/act_ms": 1e3 * seconds}
+    metrics |= {
+        "eval/expert_fraction": mean / expert_return if expert_return > 0 else 0.0,
+        "time/act_ms": 1e3 * seconds,
+    }
     return metrics, returns.tolist()
 
 
@@ -1079,7 +1104,8 @@ def main(args: Args) -> dict[str, float]:
     bounded = bool(torch.isfinite(high - low).all())
     require(bounded, f"--env-id {args.env_id}: actions must be bounded to be scaled, {space} is not")
     recorded = args.data is not None or args.minari_id is not None
-    needed = args.expert is not None or not recorded
+    needed = not checkpoint or checkpoint["progress"]["round"] < args.dagger_rounds  # the data lie in the checkpoint
+    needed = needed and (args.expert is not None or not recorded) and not args.eval_only
     expert = load_expert(expert_path(args), args.env_id, obs_dim, low, high) if needed else None
     if checkpoint:
         data = Demonstrations(*(checkpoint["data"][name] for name in ("obs", "action", "episode", "expert_return")))
@@ -1108,7 +1134,7 @@ def main(args: Args) -> dict[str, float]:
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(data.obs)} transitions", flush=True)
         while True:
             # Train on everything so far.
-            train, test = split_episodes(data.episode, args.holdout_ratio, args.seed)
+            train, test = data.split(args.holdout_ratio, args.seed)
             obs, action, number = data.obs[train], data.action[train], progress["round"]
             if progress["step"] == 0:
                 policy.normaliser.fit(obs)
@@ -1120,12 +1146,17 @@ def main(args: Args) -> dict[str, float]:
                 begin = time.perf_counter()
                 progress["step"] += 1
                 progress["fit_step"] = step = progress["fit_step"] + 1
-                train_batch(policy, optimizer, obs, action, args.batch_size)
+                loss = train_batch(policy, optimizer, obs, action, args.batch_size)
                 with torch.no_grad():
                     torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - decay)
                 durations.append(time.perf_counter() - begin)
                 bar.update()
-                due, save = step % args.eval_every == 0 or step == args.train_steps, step % args.checkpoint_every == 0
+                due, save = (
+                    step % args.eval_every == 0 or step == args.train_steps,
+                    progress["step"] % args.checkpoint_every == 0,
+                )
+                if due or save or checkpointer.signal:  # what has not been checked is not saved
+                    check_losses({"losses/train_loss": loss.item()}, progress["step"], run_dir)
                 if due:
                     metrics = measure(average, data, train, test, args.sample)
                     check_losses(metrics, progress["step"], run_dir)
@@ -1138,6 +1169,7 @@ def main(args: Args) -> dict[str, float]:
                         policy.load_state_dict(best.state_dict())
                         average.load_state_dict(best.state_dict())
                         progress["fit_step"] = step = args.train_steps
+                        metrics = measure(average, data, train, test, args.sample)
                     last = final and step == args.train_steps
                     video = run_dir / "videos" / f"{progress['step']}.mp4" if args.capture_video else None
                     episodes = args.eval_episodes if last else args.interim_episodes

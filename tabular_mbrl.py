@@ -34,13 +34,14 @@ claimed with probability 1 - δ:
     Proof of (3). V* is fixed before any sample is drawn, so each entry of P̂ V* is a mean of N independent numbers in
     [0, 1/(1-γ)], and Hoeffding's inequality with a union over S A rows gives half the bound that is claimed.
     Why (2) and (4) fail. V̂^π and V̂* are functions of the counts, so the N numbers whose mean P̂ V̂ is are neither fixed
-    nor independent: Hoeffding does not apply. Nor can it be mended for (2) in general, as the counterexample shows. For
-    (4) a longer argument (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate, but this one not.
+    nor independent: Hoeffding does not apply. For (4), and for (2) with a π that is fixed before the data, a longer
+    argument (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate. For (2) with a π that may depend
+    on the counts no argument can: the counterexample.
 
     Counterexample to (2). One row is uniform over S' = N states, each of which is worth 1/(1-γ) if π takes its good
     action there and 0 if not. Choose π after seeing the counts: good where p̂ > p. Then (P̂ - P) V^π is half of
     ‖P - P̂‖₁ / (1-γ), about 0.37/(1-γ) for a row of as many samples as states, however large N is, while the bound falls
-    as 1/√N. A policy that was optimised in the model has seen the counts, too.
+    as √(log N / N): from some 140 states on it is broken in every draw.
 
 The value lost by trusting the model follows from (1), once with π* and once with π̂*:
 
@@ -51,7 +52,7 @@ Pseudocode:
     draw P (Dirichlet rows), r (uniform) and a policy π
     for each number of samples N, num_draws times:
         P̂ <- counts / N;  V̂^π, V̂*, π̂* <- the same equations with P̂ for P
-        both sides of equations (1) and (2);  ‖(P - P̂) V‖∞ for V^π̂, V*, V̂*;  max ‖P - P̂‖₁;  inside the bounds?
+        both sides of equations (1) and (2);  ‖(P - P̂) V‖∞ for V̂^π, V*, V̂*;  max ‖P - P̂‖₁;  inside the bounds?
         the counterexample with N states: inside the bounds?
 
 Usage:
@@ -80,8 +81,8 @@ Every logged tag (metrics.csv; the step is N; means over the draws unless it say
     value/loss                      ‖V* - V^π̂*‖∞
     value/bound                     the right-hand side of equation (2)
 
-Random problems are inside all four bounds in all draws: the bounds are loose, and chance is no adversary. A bound that
-holds there is not proved by it; the counterexample is what tells (2) from (3).
+With the defaults, random problems are inside all four bounds in all draws: the bounds are loose, chance no adversary. A
+bound that holds there is not proved by it; the counterexample is what tells (2) from (3).
 
 Papers: Kearns and Singh 2002 (simulation lemma); Weissman et al. 2003 (the L1 bound); Agarwal, Kakade and Yang 2020,
 arXiv 1906.03804; Agarwal, Jiang, Kakade and Sun, Reinforcement Learning: Theory and Algorithms, chapter 2.

@@ -41,7 +41,7 @@ Usage:
     python mbpo_sac.py --env-id HalfCheetah-v5                                          # MBPO
     python mbpo_sac.py --env-id HalfCheetah-v5 --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000    # SAC
     python mbpo_sac.py --env-id Hopper-v5 --utd-ratio 20 --total-timesteps 125_000 --rollout-schedule 20 150 1 15 \
-        --target-entropy -1                                                             # MBPO, the paper's Hopper
+        --target-entropy -1                                                             # MBPO, after the paper's Hopper
     python mbpo_sac.py --env-id Pendulum-v1 --rollout-length 0 --utd-ratio 1 --initial-steps 1_000 \
         --total-timesteps 6_000 --eval-every 1_000                                      # SAC in a minute
     python mbpo_sac.py --resume RUN_DIR                     # go on exactly where it stopped
@@ -70,7 +70,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/critic_value           mean of min Q over the evaluation's states and actions
-    eval/critic_bias            the same minus what was earned from there on, discounted; above 0: too optimistic
+    eval/critic_bias            the same minus what was earned from there on, discounted. The critic's value counts the
+                                entropy of the policy, too, and that of its samples: compare it over time, not with 0
     losses/qf_loss              equation 2, mean over the steps since the last log, as are the following
     losses/actor_loss           equation 2
     losses/alpha                temperature
@@ -89,7 +90,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_updates          in gradient steps of actor and critic
     time/share_other            in evaluation, logging and checkpoints
 
-Deviations: the ensemble predicts Δs, normalised; reward and termination come from formulas where there are any (the
+Deviations: 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each real one (40 on
+HalfCheetah); the ensemble predicts Δs, normalised; reward and termination come from formulas where there are any (the
 paper learns the reward); each rollout step gives every elite an equal share of the rows instead of drawing one per row;
 a fit takes at most max_train_steps gradient steps.
 
@@ -167,7 +169,7 @@ class Args:
     eval_only: bool = False
     """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
     save_policy: str | None = None
-    """file to write the actor to, as the expert of bc_variants.py and adversarial_imitation.py"""
+    """file to write the actor to at the end, as an expert for the imitation scripts; not with --eval-only"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None
@@ -203,7 +205,7 @@ class Args:
     alpha: float | None = None
     """fixed temperature; None adapts it so that the entropy meets target_entropy"""
     target_entropy: float | Literal["auto"] = "auto"
-    """entropy that the temperature aims at; auto: minus the number of action dimensions"""
+    """entropy that the temperature aims at, of actions scaled to [-1, 1]; auto: minus the number of dimensions"""
     utd_ratio: float = 10.0
     """gradient steps of actor and critic for each environment step"""
     update_every: int = 1
@@ -221,7 +223,7 @@ class Args:
     real_ratio: float | None = 0.05
     """share of real transitions in a batch; None: real and model transitions share one buffer"""
     retain_epochs: int = 1
-    """model transitions of the last so many epochs (of 1,000 steps) are kept"""
+    """room for the model transitions of so many epochs (of 1,000 steps), if no rollout ends early"""
     model_every: int = 250
     """environment steps between fits of the model, with rollouts after each"""
     ensemble_size: int = 5
@@ -253,7 +255,7 @@ class Args:
     model_holdout: float = 0.2
     """share of the transitions (at most 5,000) that the fits of the model do not train on, to stop early by"""
     patience: int | None = 5
-    """stop a fit after so many epochs in which no member's held-out error fell by 1 %; None: never"""
+    """stop a fit after more than so many epochs in which no member's held-out error fell by 1 %; None: never"""
     max_train_steps: int = 500
     """most gradient steps per fit of the model"""
 
@@ -297,7 +299,9 @@ def check_args(args: Args) -> None:
     one += " interim_episodes batch_size units update_every model_every ensemble_size elite_members num_layers"
     one += " hidden_size model_batch_size max_train_steps retain_epochs patience"
     zero = "seed rollout_length weight_decay input_noise rollouts_per_step utd_ratio alpha"
-    check_fields(args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | {"initial_steps": 2})
+    check_fields(
+        args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | {"initial_steps": 2, "buffer_size": 2}
+    )
     require(0 <= args.gamma < 1, f"--gamma must lie in [0, 1): the values are endless sums; got {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must lie in (0, 1], got {args.tau}")
     require(
@@ -319,6 +323,8 @@ def check_args(args: Args) -> None:
     if args.rollout_length:
         require(args.rollouts_per_step > 0, "--rollouts-per-step 0: --rollout-length 0 is how to go without a model")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
+    few = f"--initial-steps {args.initial_steps} of --total-timesteps {args.total_timesteps}: nothing would be learned"
+    require(args.initial_steps < args.total_timesteps, few)
     if args.save_policy is not None:
         path = Path(args.save_policy).resolve()
         writable = not path.is_dir() and os.access(path.parent, os.W_OK)
@@ -389,7 +395,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
         return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.actions.append(np.array(action))
+        action = np.array(action, self.action_space.dtype)  # what is stored is what was done
+        self.actions.append(action)
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -770,7 +777,9 @@ class Agent(nn.Module):
         self.critic = TwinCritic(obs_dim, len(low), args.units)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha) if args.alpha else 0.0))
-        self.target_entropy = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
+        target = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
+        # As in the papers it is that of actions in [-1, 1]; log π counts in the environment's units.
+        self.target_entropy = target + self.actor.action_scale.log().sum().item()
         self.gamma, self.tau, self.fixed_alpha = args.gamma, args.tau, args.alpha
         self.dtype = getattr(torch, args.train_dtype)
         self.to(low.device)
@@ -863,13 +872,14 @@ def fit_members(
     test = model.regression_data(buffer, order[:held_out])
     epoch = math.ceil(len(x) / args.model_batch_size)
     best, best_error = {name: p.detach().clone() for name, p in model.named_parameters()}, member_errors(model, *test)
-    steps, stale, dtype = 0, 0, getattr(torch, args.train_dtype)
+    steps, stale, mark, dtype = 0, 0, best_error, getattr(torch, args.train_dtype)
     while steps < args.max_train_steps and (args.patience is None or stale <= args.patience):
         for _ in range(min(epoch, args.max_train_steps - steps)):
             loss = train_step(model, optimizer, x, y, args.model_batch_size, args.input_noise, dtype)
             steps += 1
         error = member_errors(model, *test)
-        stale = 0 if (error < 0.99 * best_error).any() else stale + 1
+        fell = error < 0.99 * mark  # by 1 % since it last did: small gains add up
+        mark, stale = torch.where(fell, error, mark), 0 if fell.any() else stale + 1
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         for name, parameter in model.named_parameters():  # all of them begin with the member (E, ...)
@@ -1392,9 +1402,10 @@ def main(args: Args) -> dict[str, float]:
                 elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")
                 length = scheduled_length(args, step)
-                count = max(1, round(args.rollouts_per_step * args.model_every))
+                every = max(args.model_every, args.num_envs)
+                count = max(1, round(args.rollouts_per_step * every))
                 if args.real_ratio is not None:
-                    imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / args.model_every))
+                    imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / every))
                 start = buffer.obs[torch.randint(buffer.size, (count,), device=device)]
                 imagine(elites, formulas, agent.actor, start, length, args.average_members, imagined)
                 log.scalars(fitted | {"model/rollout_length": float(length)}, step)
@@ -1424,6 +1435,8 @@ def main(args: Args) -> dict[str, float]:
                 minutes = (progress["seconds"] + time.perf_counter() - checkpointer.started) / 60
                 log.scalars(progress["metrics"] | {"time/minutes": minutes}, step)
                 tqdm.write(f"{step} steps: {describe(progress['metrics'], returns)}")
+            if checkpointer.signal:  # it may have come since the losses were checked
+                check_losses(means.read(), buffer, args, step, run_dir)
             checkpointer.step(due=save or finished)
             watch.lap("time/share_other")
         bar.close()

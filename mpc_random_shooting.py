@@ -312,7 +312,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
         return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.actions.append(np.array(action))
+        action = np.array(action, self.action_space.dtype)  # what is stored is what was done
+        self.actions.append(action)
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info

@@ -162,7 +162,9 @@ def test_an_update_is_equations_1_to_3(alpha):
         adam[0].step()
         if alpha is None:
             adam[3].zero_grad()
-            (-log_alpha.exp() * (log_prob.detach() - 2).mean()).backward()  # target entropy: minus two dimensions
+            # The target is minus two dimensions for actions in [-1, 1], whose log π is larger by the log of the scale.
+            scaled = log_prob.detach() + ((HIGH - LOW) / 2).log().sum()
+            (-log_alpha.exp() * (scaled - 2).mean()).backward()
             adam[3].step()
         for target, critic in zip(targets, critics, strict=True):
             for old, new in zip(target.parameters(), critic.parameters(), strict=True):
@@ -550,6 +552,8 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
     "changes, words",
     [
         ({"gamma": 1.0}, "--gamma must lie in [0, 1)"),
+        ({"initial_steps": 80}, "nothing would be learned"),
+        ({"buffer_size": 1}, "--buffer-size must be at least 2"),
         ({"elite_members": 4}, "--elite-members 4 of --ensemble-size 3"),
         ({"real_ratio": 1.5}, "--real-ratio"),
         ({"rollout_schedule": (5, 5, 1, 2)}, "--rollout-schedule"),

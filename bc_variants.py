@@ -32,7 +32,7 @@ All of them drift: small errors lead to states in which the expert never was, an
     data <- episodes of the expert
     for round = 0 .. dagger_rounds:
         train on everything so far, from the last round's weights                      (train_steps gradient steps)
-        roll out: at each step the expert acts with probability dagger_beta^(round + 1), else the policy
+        unless it was the last: roll out; at each step the expert acts with probability dagger_beta^(round + 1)
         data <- data + the states of that, each with the expert's action
 
 Usage:
@@ -144,7 +144,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5]")"""
     data: str | None = None
-    """file of transitions (written by --save-data) to use instead of the initial random steps"""
+    """file of transitions (written by --save-data) to start from, instead of collecting them"""
     num_episodes: int = 20
     """episodes of the expert"""
     dagger_rounds: int = 0

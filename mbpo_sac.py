@@ -1378,10 +1378,8 @@ def main(args: Args) -> dict[str, float]:
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         source = "known" if formulas else "learned"
         print(f"{run_dir}: reward and termination {source}, device {device}", flush=True)
-        bar, watch = (
-            tqdm(total=args.total_timesteps, initial=progress["step"], unit="step"),
-            Stopwatch(progress["step"]),
-        )
+        bar = tqdm(total=args.total_timesteps, initial=progress["step"], unit="step")
+        watch = Stopwatch(progress["step"])
         while progress["step"] < args.total_timesteps:
             rows = interact(agent.actor, envs, skip, device, random=progress["step"] < args.initial_steps)
             buffer.add(**rows)
@@ -1421,11 +1419,9 @@ def main(args: Args) -> dict[str, float]:
             bar.update(args.num_envs)
 
             finished, save = step >= args.total_timesteps, due(args.checkpoint_every)
-            if due(LOG_EVERY) or finished or save or checkpointer.signal:
-                losses = means.read()
-                check_losses(losses, buffer, args, step, run_dir)  # what has not been checked is not saved
             if due(LOG_EVERY) or finished:
-                log.scalars(losses | watch.read(step), step)
+                check_losses(means.read(), buffer, args, step, run_dir)
+                log.scalars(means.read() | watch.read(step), step)
                 means.reset()
             if due(args.eval_every) or finished:
                 video = run_dir / "videos" / f"{step}.mp4" if args.capture_video else None
@@ -1435,7 +1431,7 @@ def main(args: Args) -> dict[str, float]:
                 minutes = (progress["seconds"] + time.perf_counter() - checkpointer.started) / 60
                 log.scalars(progress["metrics"] | {"time/minutes": minutes}, step)
                 tqdm.write(f"{step} steps: {describe(progress['metrics'], returns)}")
-            if checkpointer.signal:  # it may have come since the losses were checked
+            if save or checkpointer.signal:  # what has not been checked is not saved
                 check_losses(means.read(), buffer, args, step, run_dir)
             checkpointer.step(due=save or finished)
             watch.lap("time/share_other")

@@ -42,7 +42,8 @@ The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, s
     --noise-beta        draw noise whose power falls as f^-β over the horizon: where steps are short (10 ms), white
                         noise averages out and the body only trembles; where they are long (50 ms), slow noise is too
                         slow for it: on HalfCheetah-v5's true dynamics 120 steps earn 763, 552, 381 and 309 with β 0,
-                        0.25, 0.5 and 1 (one episode each), on PostureCheetah-v0's all of them nearly the same
+                        0.25, 0.5 and 1 (seed 1, one episode each: the --true-dynamics command below with
+                        --initial-steps 10 --train-steps 1 --eval-episodes 1 --max-episode-steps 120)
     --candidate-decay   K shrinks by this factor each iteration: a narrow Gaussian needs fewer samples than a wide one
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and ε at ±2 (PETS): no pile of samples on the bounds
@@ -176,7 +177,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before it"""
     data: str | None = None
-    """file of transitions (written by --save-data) to use instead of the initial random steps"""
+    """file of transitions (written by --save-data) to start from, instead of collecting them"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 

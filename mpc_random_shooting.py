@@ -152,7 +152,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before it"""
     data: str | None = None
-    """file of transitions (written by --save-data) to use instead of the initial random steps"""
+    """file of transitions (written by --save-data) to start from, instead of collecting them"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 

@@ -151,7 +151,12 @@ def test_denoising_keeps_modes_apart(sample):
         return 0.8 * torch.tanh(0.8 * kept.sqrt() * noisy / (1 - kept))
 
     policy.clean = clean
+    torch.manual_seed(0)
     found = policy.decide(torch.zeros(20_000, 3), sample)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.randn(20_000, 2)
+    assert torch.equal(after, torch.get_rng_state()) != sample, "noise is added only to sample"
     assert (found.abs() < 0.6).float().mean() < 0.02 and abs((found > 0).float().mean().item() - 0.5) < 0.02
 
 

@@ -129,6 +129,7 @@ def test_an_update_is_equations_1_to_3(alpha):
     """Two separate critics, torch's own optimisers and autograd, the same random numbers."""
     torch.manual_seed(0)
     agent = sac.Agent(3, LOW, HIGH, sac.Args(units=16, gamma=0.9, tau=0.1, alpha=alpha, learning_rate=1e-2))
+    assert agent.target_entropy == pytest.approx(-2 + math.log(0.5) + math.log(0.75)), "of actions in [-1, 1]"
     actor = sac.Actor(3, LOW, HIGH, 16)
     actor.load_state_dict(agent.actor.state_dict())
     critics, targets = ([separate(agent.critic, number) for number in range(2)] for _ in range(2))

@@ -963,6 +963,7 @@ def test_bad_checkpoints(tmp_path, capfd):
 )
 def test_angles_that_turn_without_limit(env_id, angles):
     env = md.make_env(env_id)
+    assert md.free_angles(env) == [] or env_id == "envs:Reacher7DoF-v0", "before a reset sines and angles are all 0"
     obs, _ = env.reset(seed=0)
     assert md.free_angles(env) == angles
     for angle in angles:
@@ -992,3 +993,14 @@ def test_a_run_wraps_angles_unless_told_not_to(tmp_path):
         md.main(args)
         model = md.load_model(next(Path(args.log_dir).iterdir()) / "model.pt")
         assert model.angles == ([2] if wrap else []) and model.mlp.weights[0].shape[1] == 17 + 6 + wrap
+
+
+def test_an_action_is_stored_as_it_was_done():
+    """In the space's own precision, so that replaying it is doing it again."""
+    done = []
+    env = md.Replayable(md.make_env("Pendulum-v1"))
+    step = env.env.step
+    env.env.step = lambda action: done.append(action) or step(action)
+    env.reset(seed=0)
+    env.step(np.array([0.1], np.float64))
+    assert done[0].dtype == env.actions[0].dtype == np.float32 and env.actions[0] == np.float32(0.1)

@@ -58,8 +58,8 @@ The trained ensemble loads on its own; four lines load it and predict for one st
     next_obs, reward, terminated = model.predict(*(x.expand(model.ensemble_size, 1, -1) for x in (obs, action)))
 
 What to expect: on HalfCheetah-v5 the defaults (20,000 random steps, 5,000 gradient steps, a minute on two idle cores)
-reach a held-out MSE of 0.022 and an R² of 0.98; predicted open loop, the error is 7 % of the variance after 5 steps
-and 14 % after 15, where "nothing changes" is off by 160 %. `--train-dtype bfloat16` gives the same numbers in 45 s.
+reach a held-out MSE of 0.017 and an R² of 0.986 (seed 1); predicted open loop, the error is 6 % of the variance after 5
+steps and 13 % after 15, where "nothing changes" is off by 160 %.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps):
 

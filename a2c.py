@@ -145,7 +145,7 @@ class Args:
     """environment steps"""
     num_envs: int = 8
     """environments stepped in parallel"""
-    batch_size: int = 256
+    batch_size: int = 2_048
     """samples in the batch of each gradient step (and of each member)"""
     normalize_obs: bool = True
     """standardise the observations by their mean and spread so far"""
@@ -177,13 +177,13 @@ class Args:
     """returns count from the action on, not from the first step; for --gae-lambda None"""
     use_baseline: bool = True
     """learn V and subtract it"""
-    baseline_steps: int = 4
+    baseline_steps: int = 20
     """gradient steps of the critic for each batch"""
     normalize_advantages: bool = True
     """standardise the advantages of each batch"""
     entropy_weight: float = 0.0
     """bonus for the policy's entropy"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 3e-3
     """step size of Adam"""
     anneal: bool = True
     """let the step size fall to zero, linearly, over total_timesteps"""

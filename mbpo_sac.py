@@ -988,7 +988,9 @@ def sample_batch(
 class Means:
     """Running means of the losses, kept on the device: reading a number makes a GPU wait."""
 
-    names = ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/entropy", "losses/qf_values")
+    names: tuple[str, ...] = (
+        "losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/entropy", "losses/qf_values",
+    )  # fmt: skip
 
     def __init__(self, device: torch.device):
         self.sums, self.count = torch.zeros(len(self.names), device=device), 0

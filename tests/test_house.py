@@ -29,6 +29,9 @@ TINY = {
     " --hidden-size 8 --rollouts-per-step 2 --max-train-steps 5 --no-cuda --num-threads 1",
     "bc_variants.py": "--env-id Pendulum-v1 --max-episode-steps 10 --data demonstrations.pt --train-steps 20"
     " --eval-every 10 --eval-episodes 2 --interim-episodes 1 --hidden-size 8 --no-cuda --num-threads 1",
+    "adversarial_imitation.py": "--env-id Pendulum-v1 --max-episode-steps 10 --data demonstrations.pt --units 8"
+    " --total-timesteps 60 --initial-steps 30 --eval-every 30 --eval-episodes 2 --interim-episodes 1 --batch-size 16"
+    " --discriminator-units 8 --no-cuda --num-threads 1",
     "a2c.py": "--env-id Pendulum-v1 --max-episode-steps 10 --total-timesteps 64 --num-envs 2 --batch-size 8"
     " --eval-every 30 --eval-episodes 2 --interim-episodes 1 --hidden-size 8 --no-cuda --num-threads 1",
     "tabular_mbrl.py": "--num-draws 3 --num-samples 5 10",

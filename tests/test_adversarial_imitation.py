@@ -1,0 +1,358 @@
+"""adversarial_imitation.py: the equations, the absorbing state, what the agent may not know, runs."""
+
+import csv
+import json
+import math
+import signal
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import AffineTransform, TanhTransform
+
+import adversarial_imitation as adv
+import bc_variants
+
+TINY = dict(env_id="Pendulum-v1", max_episode_steps=15, num_episodes=3, total_timesteps=80, initial_steps=30)
+TINY |= dict(eval_every=25, eval_episodes=2, interim_episodes=1, batch_size=16, units=8, discriminator_units=8)
+TINY |= dict(num_threads=1, cuda=False)
+LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
+
+
+def make_expert(path: Path, env_id: str = "Pendulum-v1") -> adv.Actor:
+    torch.manual_seed(0)
+    env = gym.make(env_id)
+    low, high = torch.as_tensor(env.action_space.low), torch.as_tensor(env.action_space.high)
+    actor = adv.Actor(env.observation_space.shape[0], low, high, 8)
+    torch.save({"env_id": env_id, "actor": actor.state_dict()}, path)
+    return actor
+
+
+def tiny(tmp_path: Path, **changes: object) -> adv.Args:
+    tmp_path.mkdir(exist_ok=True)
+    env_id = str(changes.get("env_id", "Pendulum-v1"))
+    expert = tmp_path / f"{env_id}.pt"
+    if not expert.exists():
+        make_expert(expert, env_id)
+    return adv.Args(**({"log_dir": str(tmp_path / "runs"), "expert": str(expert)} | TINY | changes))
+
+
+def run(args) -> tuple[dict[str, float], Path]:
+    result = adv.main(args)
+    return result, Path(args.resume) if args.resume else sorted(Path(args.log_dir).iterdir())[-1]
+
+
+def logged(run_dir: Path) -> list[tuple[str, ...]]:
+    rows = [tuple(row) for row in csv.reader((run_dir / "metrics.csv").open())]
+    return sorted(row for row in rows if not row[1].startswith(("time/", "charts/SPS")))
+
+
+def state(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    flat = {}
+    for part in ("agent", "discriminator", "buffer", "data"):
+        flat |= {f"{part}.{k}": v for k, v in checkpoint[part].items() if isinstance(v, torch.Tensor)}
+    return flat
+
+
+def assert_same(one: Path, two: Path) -> None:
+    a, b = state(one), state(two)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert logged(one) == logged(two)
+
+
+def discriminator(algo: str = "airl", **changes) -> adv.Discriminator:
+    torch.manual_seed(0)
+    made = adv.Discriminator(3, LOW, HIGH, adv.Args(algo=algo, discriminator_units=16, **changes))
+    made.normaliser.fit(2 * torch.randn(50, 3) + 1)
+    return made
+
+
+def batch(count: int = 32, shift: float = 0.0) -> adv.Transitions:
+    obs, next_obs = shift + torch.randn(count, 3), shift + torch.randn(count, 3)
+    action = LOW + torch.rand(count, 2) * (HIGH - LOW)
+    return obs, action, next_obs, (torch.rand(count) < 0.3).float()
+
+
+# ---------------------------------------------------------------------------------------------------------- equations
+
+
+def test_the_density_of_given_actions_is_torchs_and_saturated_ones_are_finite():
+    torch.manual_seed(0)
+    actor, obs = adv.Actor(3, LOW, HIGH, 16), torch.randn(40, 3)
+    action, expected = actor.sample(obs)
+    torch.testing.assert_close(adv.log_prob(actor, obs, action), expected, rtol=1e-3, atol=1e-3)
+    mean, log_std = actor(obs)
+    to_bounds = AffineTransform(actor.action_bias, actor.action_scale)
+    theirs = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform(), to_bounds])
+    torch.testing.assert_close(
+        adv.log_prob(actor, obs, action), Independent(theirs, 1).log_prob(action), rtol=1e-3, atol=1e-3
+    )
+    assert adv.log_prob(actor, obs, HIGH.expand(40, -1)).isfinite().all()
+
+
+def test_airls_logit_is_that_of_its_discriminator():
+    """D = exp f / (exp f + π), Fu et al. 2018."""
+    judge, rows, log_prob = discriminator(), batch(), torch.randn(32)
+    step = judge.steps(*rows)
+    f = judge.score(step)
+    expected = f.exp() / (f.exp() + log_prob.exp())
+    torch.testing.assert_close(torch.sigmoid(judge.logit(step, log_prob)), expected)
+    x, next_x = judge.normaliser(rows[0]), judge.normaliser(rows[2])
+    u = 2 * (rows[1] - LOW) / (HIGH - LOW) - 1
+    shaped = judge.head(torch.cat([x, u], 1)) - judge.potential(x)
+    shaped = shaped + 0.99 * (1 - rows[3])[:, None] * judge.potential(next_x)
+    torch.testing.assert_close(f, shaped[:, 0])
+    assert torch.equal(judge.reward(f), f), "not f - log π: the entropy is SAC's"
+
+
+def test_gails_logit_knows_no_density_and_its_reward_is_positive():
+    judge, rows = discriminator("gail"), batch()
+    step = judge.steps(*rows)
+    score = judge.score(step)
+    assert torch.equal(judge.logit(step, torch.randn(32)), score) and not hasattr(judge, "potential")
+    torch.testing.assert_close(judge.reward(score), -(1 - torch.sigmoid(score)).log())
+    other = judge.steps(rows[0], rows[1], torch.randn(32, 3), 1 - rows[3])
+    assert torch.equal(judge.score(other), score), "what comes after is not seen"
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_the_discriminators_loss_falls_on_a_fixed_batch(algo):
+    judge = discriminator(algo)
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+    actor = adv.Actor(3, LOW, HIGH, 16)
+    expert, policy = batch(shift=1.0), batch(shift=-1.0)
+    expert, policy = ((rows[0], actor.sample(rows[0])[0].detach(), *rows[2:]) for rows in (expert, policy))
+    losses = [adv.train_discriminator(judge, optimizer, actor, expert, policy, 0.1) for _ in range(200)]
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert losses[-1][2] > losses[-1][3] + 2, "the expert's logit above the policy's"
+    assert all(weight.grad is None for weight in actor.parameters())
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_equation_1_and_the_penalty(algo):
+    judge, expert, policy = discriminator(algo), batch(), batch()
+    # With linear functions the slope is the same everywhere: over u and x, and for AIRL over next_x.
+    judge.head, judge.potential = torch.nn.Linear(5, 1), torch.nn.Linear(3, 1)
+    w, v, gamma = judge.head.weight[0].detach(), judge.potential.weight[0].detach(), 0.99
+    if algo == "gail":
+        slope = w.norm()
+    else:  # with no ended step, so that γ counts in full
+        expert, policy = (*expert[:3], torch.zeros(32)), (*policy[:3], torch.zeros(32))
+        slope = torch.cat([w[:3] - v, w[3:], gamma * v]).norm()
+    actor = adv.Actor(3, LOW, HIGH, 8)
+    logits = []
+    for rows in (expert, policy):
+        density = adv.log_prob(actor, rows[0], rows[1]) if algo == "airl" else torch.zeros(())
+        logits.append(judge.logit(judge.steps(*rows), density).detach())
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = entropy(logits[0], torch.ones(32)) + entropy(logits[1], torch.zeros(32))
+    before = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
+    found = adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 0.0)
+    torch.testing.assert_close(found, torch.stack([expected, (slope - 1) ** 2, logits[0].mean(), logits[1].mean()]))
+    plain = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
+    assert any(not torch.equal(plain[name], before[name]) for name in before)
+    judge.load_state_dict(before, strict=False)
+    adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 5.0)
+    assert not torch.equal(judge.head.weight, plain["head.weight"]), "the penalty is trained on"
+
+
+# ------------------------------------------------------------------------------------------------- the absorbing state
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
+    judge, rows = discriminator(algo), batch(500)
+    raw = judge.reward(judge.score(judge.steps(*rows))).detach()
+    judge.spread.fill_(2.0)
+    absorbing = judge.absorbing_reward(-1.5)
+    torch.testing.assert_close(absorbing, torch.tensor(-1.5) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
+    found = adv.learned_reward(judge, rows, absorbing)
+    spread = 0.99 * 2.0 + 0.01 * raw.std()
+    torch.testing.assert_close(judge.spread, spread)
+    torch.testing.assert_close(found, (raw + rows[3] * 99 * absorbing) / spread)
+    assert judge.absorbing_reward(None) == 0
+
+
+def test_shares_of_the_absorbing_state():
+    absorption = adv.Absorption(expert_share=0.25, limit=100)
+    assert absorption.logit() == 0, "nothing is known yet"
+    absorption.lengths.extend([100, 50])  # one whole episode, one that ended half way
+    assert absorption.logit() == pytest.approx(0.0)
+    absorption.lengths.extend([25] * 18)
+    share = (50 + 18 * 75) / 2_000
+    assert absorption.logit() == pytest.approx(math.log(0.25 / share))
+    absorption.lengths.extend([100] * 20)  # the oldest are forgotten; a share of nothing counts as one step
+    assert absorption.logit() == pytest.approx(5.0), "within ±5"
+    rare = adv.Absorption(expert_share=1e-6, limit=100)
+    rare.lengths.append(1)
+    assert rare.logit() == -5.0
+
+
+def test_transitions_follow_each_other_within_an_episode():
+    """Rows of episodes that ran side by side, as run_episodes gives them; the second one ended early."""
+    episode = torch.tensor([0, 1, 0, 1, 0, 0])
+    obs = torch.tensor([0.0, 10, 1, 11, 2, 3])[:, None]
+    data = adv.Demonstrations(obs, obs + 0.5, episode, 1.0)
+    found = data.transitions()
+    assert found[0][:, 0].tolist() == [0, 1, 2, 10] and found[2][:, 0].tolist() == [1, 2, 3, 11]
+    assert found[1][:, 0].tolist() == [0.5, 1.5, 2.5, 10.5] and found[3].tolist() == [0] * 4
+    assert data.absorbed(4) == pytest.approx(2 / 8) and data.absorbed(3) == pytest.approx(1 / 6)
+    assert data.absorbed(2) == pytest.approx(1 / 4), "at least one step of them all"
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl", "control"])
+def test_the_true_reward_is_not_used(tmp_path, monkeypatch, algo):
+    _, fair = run(tiny(tmp_path / "fair", algo=algo))
+    original = adv.VectorEnv.step
+
+    def lying(self, action):
+        next_obs, reward, terminated = original(self, action)
+        return next_obs, 1_000 - 7 * reward, terminated
+
+    monkeypatch.setattr(adv.VectorEnv, "step", lying)
+    _, unfair = run(tiny(tmp_path / "unfair", algo=algo))
+    one, two = state(fair), state(unfair)
+    names = [name for name in one if not name.startswith("buffer.reward")]
+    assert [name for name in names if not torch.equal(one[name], two[name])] == []
+    assert not torch.equal(one["buffer.reward"], two["buffer.reward"])
+
+
+def test_the_control_is_paid_one_for_each_step_and_knows_no_expert(tmp_path, monkeypatch):
+    rewards, original = [], adv.Agent.update
+    seen = lambda self, *rows: rewards.append(rows[3]) or original(self, *rows)  # noqa: E731
+    monkeypatch.setattr(adv.Agent, "update", seen)
+    _, run_dir = run(tiny(tmp_path, algo="control"))
+    assert len(rewards) == 50 and all((reward == 1).all() for reward in rewards)
+    assert not any(row[1].startswith("losses/discriminator") for row in logged(run_dir))
+
+
+def test_how_often_each_is_trained(tmp_path, monkeypatch):
+    calls = {"discriminator": 0, "agent": 0}
+    train, update = adv.train_discriminator, adv.Agent.update
+
+    def count(name, original, *rest):
+        calls[name] += 1
+        return original(*rest)
+
+    monkeypatch.setattr(adv, "train_discriminator", lambda *rest: count("discriminator", train, *rest))
+    monkeypatch.setattr(adv.Agent, "update", lambda *rest: count("agent", update, *rest))
+    run(tiny(tmp_path, num_envs=4, discriminator_every=3, total_timesteps=80))
+    assert calls == {"discriminator": 80 // 3 - 30 // 3, "agent": 50}
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, algo):
+    policy = tmp_path / "policy.pt"
+    result, run_dir = run(tiny(tmp_path, algo=algo, save_policy=str(policy), total_timesteps=2_010, eval_every=1_000))
+    tags = {row[1] for row in csv.reader((run_dir / "metrics.csv").open())} - {"tag"}
+    prefixes = ("charts/", "eval/", "losses/", "time/")
+    assert tags == {line.split()[0] for line in adv.__doc__.splitlines() if line.strip().startswith(prefixes)}
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    (tmp_path / "Pendulum-v1.pt").unlink()  # the demonstrations lie in the checkpoint
+    again = adv.main(adv.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    assert again == {name: value for name, value in result.items() if name != "minutes"}
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+    # The imitator can be an expert itself.
+    actor = bc_variants.load_expert(str(policy), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))
+    returns = adv.run_episodes(actor.mode, "Pendulum-v1", 2, 1_000_001, CPU, 15)[3]
+    assert np.mean(returns) == pytest.approx(result["eval/episodic_return"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, call",
+    [
+        ({}, 61),
+        ({"algo": "airl", "num_envs": 2, "env_id": "Hopper-v5", "max_episode_steps": None}, 33),
+        ({"env_id": "HalfCheetah-v5", "buffer_size": 50, "train_dtype": "bfloat16"}, 61),
+    ],
+)
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, changes, call):
+    _, whole = run(tiny(tmp_path / "whole", **changes))
+    args = tiny(tmp_path / "killed", checkpoint_every=7, **changes)
+    original, calls = adv.interact, iter(range(10**6))
+
+    def killed(*args, **kwargs):
+        if next(calls) == call:
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adv, "interact", killed)
+        with pytest.raises(MemoryError):
+            adv.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    adv.main(adv.parse_args(["--resume", str(run_dir)]))
+    assert_same(whole, run_dir)
+
+
+def test_stopped_by_a_signal_and_resumed_equals_never_stopped(tmp_path, monkeypatch):
+    _, whole = run(tiny(tmp_path / "whole"))
+    args = tiny(tmp_path / "stopped")
+    original, calls = adv.interact, iter(range(10**6))
+    with monkeypatch.context() as patch:
+        stop = lambda *a, **k: (next(calls) == 55 and signal.raise_signal(signal.SIGTERM)) or original(*a, **k)  # noqa: E731
+        patch.setattr(adv, "interact", stop)
+        with pytest.raises(SystemExit) as exit:
+            adv.main(args)
+    assert exit.value.code == 128 + signal.SIGTERM and next(calls) == 56
+    run_dir = next(Path(args.log_dir).iterdir())
+    adv.main(adv.parse_args(["--resume", str(run_dir)]))
+    assert_same(whole, run_dir)
+
+
+def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatch):
+    args = tiny(tmp_path, checkpoint_every=5)
+    original, calls = adv.train_discriminator, iter(range(10**6))
+    diverging = lambda *rest: original(*rest) * (math.nan if next(calls) == 7 else 1)  # noqa: E731
+    monkeypatch.setattr(adv, "train_discriminator", diverging)
+    with pytest.raises(SystemExit) as exit:
+        adv.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    assert "non-finite losses/discriminator_loss" in exit.value.code and "checkpoint.pt" in exit.value.code
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 45
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"gamma": 1.0}, "--gamma must lie in [0, 1)"),
+        ({"initial_steps": 80}, "nothing would be learned"),
+        ({"expert": "nowhere/expert.pt"}, "make it with: mkdir -p nowhere && python mbpo_sac.py --env-id Pendulum-v1"),
+        ({"expert": __file__}, "is no actor of mbpo_sac.py"),
+        ({"env_id": "Hopper-v5", "expert": "{tmp}/Pendulum-v1.pt"}, "was made for Pendulum-v1, not for Hopper-v5"),
+        ({"data": "nothing.pt"}, "there is no such file"),
+        ({"data": "{tmp}/plain.pt", "algo": "airl"}, "AIRL needs to know which steps follow each other"),
+        ({"data": "{tmp}/short.pt"}, "observations must be (N, 3), N > 1"),
+        ({"eval_only": True}, "--eval-only needs --resume"),
+        ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),
+        ({"target_entropy": math.inf}, "--target-entropy"),
+        ({"save_policy": "/no/such/folder/policy.pt"}, "--save-policy"),
+    ],
+)
+def test_bad_arguments(tmp_path, capfd, changes, words):
+    make_expert(tmp_path / "Pendulum-v1.pt")
+    plain = {"observations": torch.randn(40, 3), "actions": torch.zeros(40, 1), "mean_reward": 5.0}
+    torch.save(plain, tmp_path / "plain.pt")
+    torch.save(plain | {"observations": torch.randn(1, 3), "actions": torch.zeros(1, 1)}, tmp_path / "short.pt")
+    changes = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
+    args = tiny(tmp_path, **changes)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        adv.main(args)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "runs").exists()

@@ -24,6 +24,7 @@ TINY = {
     " --ensemble-size 2 --no-cuda --num-threads 1",
     "mpc_random_shooting.py": f"{PLANNER_TINY}",
     "mpc_cem.py": f"{PLANNER_TINY} --num-elites 3",
+    "pets.py": f"{PLANNER_TINY} --num-elites 3 --num-particles 2",
     "mbpo_sac.py": "--env-id Pendulum-v1 --max-episode-steps 10 --total-timesteps 60 --initial-steps 30 --eval-every 30"
     " --eval-episodes 2 --interim-episodes 1 --batch-size 16 --units 8 --utd-ratio 1 --model-every 20 --num-layers 1"
     " --hidden-size 8 --rollouts-per-step 2 --max-train-steps 5 --no-cuda --num-threads 1",

@@ -1,4 +1,4 @@
-"""mpc_random_shooting.py and mpc_cem.py: plans against slow references, formulas against the simulator, runs."""
+"""The planners: plans against slow references, formulas against the simulator, runs. Particles: test_pets.py."""
 
 import csv
 import json
@@ -12,15 +12,16 @@ import torch
 
 import mpc_cem as cem
 import mpc_random_shooting as rs
+import pets
 
-SCRIPTS = [rs, cem]
+SCRIPTS = [rs, cem, pets]
 TINY = dict(num_envs=2, initial_steps=60, steps_per_iteration=20, num_iterations=2, train_steps=10, ensemble_size=2)
 TINY |= dict(num_layers=1, hidden_size=8, batch_size=32, horizon=4, num_candidates=20, eval_episodes=2)
 TINY |= dict(interim_episodes=1, max_episode_steps=15, num_threads=1, cuda=False, planner_dtype="float32")
 
 
 def tiny(script, tmp_path: Path, **changes: object):
-    few = {"num_elites": 4} if script is cem else {}
+    few = {rs: {}, cem: {"num_elites": 4}, pets: {"num_elites": 4, "num_particles": 2}}[script]
     return script.Args(**({"env_id": "Pendulum-v1", "log_dir": str(tmp_path / "runs")} | TINY | few | changes))
 
 

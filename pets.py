@@ -1,0 +1,1309 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""PETS: model predictive control on an ensemble of Gaussians whose uncertainty is sampled, particle by particle.
+
+A model that predicts a point cannot say what it does not know, and a planner finds exactly those plans for which the
+model is wrong and hopeful. PETS keeps two kinds of doubt apart: each member predicts a Gaussian, for what is random in
+the world, and the members disagree about what they have not seen. A candidate plan is tried on several particles, each
+of which is a draw from both:
+
+    p_e(s' | s, a) = N(s + μ_e(s, a), σ_e²(s, a)),   e = 1 .. E, trained by its likelihood                          (1)
+    G_k = mean over particles p of Σ_t γ^t r(s_t^p, a_k,t, s_t+1^p),   s_t+1^p ~ p_e(p,t)(. | s_t^p, a_k,t)         (2)
+
+    --propagation ts1           e(p, t) is drawn anew at each step: a particle may change its mind
+    --propagation tsinf         e(p, t) = e(p): a particle keeps its member, and its opinion, for the whole horizon
+    --propagation expectation   one particle that follows the mean over the members: no doubt at all
+
+The particles are dealt out to the members in equal parts, so that each costs one member's evaluation, not all of them.
+The plan is found by CEM, with a mean μ and a standard deviation σ for every action of the horizon (H, A):
+
+    a_k = μ + min(σ, distance to the bounds / 2) ε_k,   ε_k ~ N(0, I) cut off at ±2,   k = 1 .. K                   (3)
+    elites = the J sequences with the largest G_k
+    μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                            (4)
+
+M times over; then the first action of μ is executed, and all is planned anew one step later, from μ shifted by one.
+
+Pseudocode:
+
+    buffer <- initial_steps transitions of the random policy           (or --data)
+    for iteration = 0 .. num_iterations - 1:
+        fit the ensemble on the whole buffer by equation 1 (train_steps gradient steps, see mbrl_dynamics.py)
+        evaluate: whole episodes, side by side, on fresh seeds
+        for steps_per_iteration steps, except after the last iteration:
+            μ <- last step's, shifted by one;  σ <- start_std
+            for i = 1 .. cem_iterations:  equations 3, 2, 4, for all environments, particles and candidates at once
+            s <- environment step with the first action of μ; buffer <- buffer + transition
+
+Usage:
+
+    python pets.py --env-id HalfCheetah-v5
+    python pets.py --env-id Pendulum-v1 --propagation tsinf --capture-video
+    python pets.py --resume RUN_DIR                 # go on exactly where it stopped
+    python pets.py --resume RUN_DIR --eval-only     # the evaluation of that run again
+
+The paper's setting for HalfCheetah, eleven times the work at each step, is
+
+    python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
+        --horizon 30 --cem-iterations 5 --steps-per-iteration 1_000 --num-iterations 300 --initial-steps 1_000
+
+The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
+and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
+more outputs of the ensemble. A particle earns nothing after a step that is predicted to end the episode.
+
+Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
+
+    charts/episodic_return      return of the episodes that ended at this step, mean over environments
+    charts/episodic_length      their length
+    charts/SPS                  environment steps per second while collecting, planning included, first ten left out
+    eval/episodic_return        mean return of the evaluation episodes
+    eval/episodic_return_std    their standard deviation (ddof=1)
+    eval/episodic_length        their mean length
+    eval/predicted_return       what the executed plans promised for their horizon, mean over the evaluation
+    eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
+    eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
+    model/train_loss            loss of the last gradient step of the fit, mean over members
+    model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
+    model/disagreement          std over the members of the same predictions
+    time/plan_ms                milliseconds of one planning call (all environments), median over the collection
+    time/train_s                seconds of the fit
+    time/env_s                  seconds of the collection, planning included
+
+Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; a fit is a number of
+gradient steps, not of epochs; the model sees angles as sine and cosine (the authors' code does so for the
+pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step of ts1, too.
+
+Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
+the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
+"""
+
+import copy
+import csv
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Activation = Literal["tanh", "relu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
+SCRIPT = Path(__file__).stem
+RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # obs (..., D), action (..., A), next_obs (..., D) -> (...)
+TerminatedFn = Callable[[Tensor], Tensor]  # next_obs (..., D) -> (...), bool
+Imagine = Callable[[Tensor, Tensor], Tensor]  # obs (B, D), candidates (B, K, H, A) -> predicted returns (B, K)
+
+
+@dataclass
+class Args:
+    exp_name: str = "pets"
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator"""
+    torch_deterministic: bool = True
+    """use PyTorch's deterministic algorithms where there are any"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    num_threads: int | None = None
+    """CPU threads of PyTorch; None leaves its default (one per core)"""
+    compile: bool = False
+    """compile the hot path with torch.compile (CUDA graphs on a GPU; needs a C++ compiler on a CPU)"""
+    track: bool = False
+    """mirror TensorBoard to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "mbrl"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user"""
+    capture_video: bool = False
+    """write a video of one evaluation episode of each evaluation into the run folder"""
+    log_dir: str = "runs"
+    """folder that holds the run folders"""
+    checkpoint_every: int = 5_000
+    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    resume: str | None = None
+    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    eval_only: bool = False
+    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
+    max_episode_steps: int | None = None
+    """time limit of an episode; None leaves the environment's own"""
+
+    # Data
+    num_envs: int = 1
+    """environments stepped in parallel"""
+    initial_steps: int = 5_000
+    """environment steps of the random policy, rounded up to a multiple of num_envs"""
+    steps_per_iteration: int = 5_000
+    """environment steps of the planner between two fits of the model"""
+    num_iterations: int = 10
+    """how often the model is fitted and evaluated; data is collected in between"""
+    eval_episodes: int = 10
+    """episodes of the last evaluation, side by side"""
+    interim_episodes: int = 2
+    """episodes of the evaluations before it"""
+    data: str | None = None
+    """file of transitions (written by --save-data) to start from, instead of collecting them"""
+    save_data: str | None = None
+    """file to write the collected transitions to"""
+
+    # Model
+    ensemble_size: int = 5
+    """members of the ensemble"""
+    num_layers: int = 4
+    """hidden layers of each member"""
+    hidden_size: int = 200
+    """units of each hidden layer"""
+    activation: Activation = "silu"
+    """nonlinearity of the hidden layers"""
+    wrap_angles: bool = True
+    """the network sees sine and cosine of angles that turn without limit (MuJoCo), not the angles"""
+    reward: Literal["auto", "known", "learned"] = "auto"
+    """known: by formula (the environment's batch_reward, batch_terminated); learned: predicted; auto: known if it is"""
+
+    # Training
+    train_steps: int = 5_000
+    """gradient steps per fit of the model"""
+    batch_size: int = 256
+    """samples in the batch of each gradient step (and of each member)"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    weight_decay: float = 5e-5
+    """L2 penalty on the weights, through Adam"""
+    input_noise: float = 0.0
+    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
+
+    # Planning
+    horizon: int = 20
+    """steps planned ahead"""
+    num_candidates: int = 200
+    """action sequences tried at each step (and in each iteration of CEM)"""
+    cem_iterations: int = 4
+    """iterations of CEM at each step"""
+    num_elites: int = 20
+    """sequences that the Gaussian is refitted to"""
+    cem_alpha: float = 0.9
+    """weight of the new elites in mean and variance: new = alpha * elites + (1 - alpha) * old"""
+    start_std: float = 0.5
+    """standard deviation of the Gaussian start, in half-ranges of the actions"""
+    propagation: Literal["ts1", "tsinf", "expectation"] = "ts1"
+    """which member moves a particle: a random one at each step, its own for the whole horizon, or the mean of all"""
+    num_particles: int = 5
+    """particles for each candidate, a multiple of ensemble_size"""
+    gamma: float = 1.0
+    """discount factor; 1 sums the rewards"""
+    planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input ends with one clear line and exit code 2, before any work starts."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        fail(message)
+
+
+def require_package(name: str, why: str) -> None:
+    require(importlib.util.find_spec(name) is not None, f"{why} needs the package {name}: pip install {name}")
+
+
+def check_fields(args: Args, at_least: dict[str, int]) -> None:
+    """Numbers are finite and at least so large, choices are among those of the field's type."""
+    for field in fields(args):
+        value, choices, flag = getattr(args, field.name), get_args(field.type), f"--{field.name.replace('_', '-')}"
+        if field.name in at_least and value is not None:
+            low = at_least[field.name]
+            require(low <= value < float("inf"), f"{flag} must be at least {low}, got {value}")  # and so NaN fails too
+        if choices and all(isinstance(choice, str) for choice in choices):
+            require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
+        require(value != "", f"{flag} is empty")
+    require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
+    cores = os.cpu_count() or 1
+    require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
+    require(0 < args.learning_rate < float("inf"), f"--learning-rate must be positive, got {args.learning_rate}")
+    if args.track:
+        require_package("wandb", "--track")
+
+
+def check_data_paths(data: str | None, save_data: str | None) -> None:
+    require(data is None or Path(data).is_file(), f"--data {data}: there is no such file")
+    if save_data is not None:
+        path = Path(save_data).resolve()
+        writable = not path.is_dir() and os.access(path.parent, os.W_OK)
+        require(writable, f"--save-data {save_data}: cannot write such a file")
+
+
+# Differs: the arguments do
+def check_args(args: Args) -> None:
+    one = "num_threads checkpoint_every num_envs ensemble_size num_layers hidden_size train_steps batch_size horizon"
+    one += " steps_per_iteration num_iterations eval_episodes interim_episodes num_candidates max_episode_steps"
+    one += " cem_iterations num_particles"
+    other = {"seed": 0, "weight_decay": 0, "input_noise": 0, "initial_steps": 2, "num_elites": 2}
+    check_fields(args, dict.fromkeys(one.split(), 1) | other)
+    require(0 < args.cem_alpha <= 1, f"--cem-alpha must lie in (0, 1], got {args.cem_alpha}")
+    require(0 < args.start_std < float("inf"), f"--start-std must be positive, got {args.start_std}")
+    few = f"--num-elites {args.num_elites} of --num-candidates {args.num_candidates}: elites must be fewer"
+    require(args.num_elites < args.num_candidates, few)
+    uneven = f"--num-particles {args.num_particles} must be a multiple of --ensemble-size {args.ensemble_size}"
+    require(args.propagation == "expectation" or args.num_particles % args.ensemble_size == 0, uneven)
+    require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
+    require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
+    check_data_paths(args.data, args.save_data)
+    if args.capture_video:
+        require_package("moviepy", "--capture-video")
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+# Locomotion tasks whose reward is Δx/dt: leading observation dimensions (x, or x and y) that they hide by default.
+POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
+
+
+def hidden_positions(env: gym.Env[Any, Any]) -> int:
+    return POSITIONS.get(env.spec.id, 0) if env.spec else 0
+
+
+def free_angles(env: gym.Env[Any, Any]) -> list[int]:
+    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn."""
+    task: Any = env.unwrapped
+    if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
+        return []
+    model, positions = task.model, np.array(task.data.qpos)
+    if not positions.any() or not np.allclose(task._get_obs()[: len(positions)], positions):
+        return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
+    hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
+    free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
+    return [int(address) for address in model.jnt_qposadr[free]]
+
+
+def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
+    """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
+    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
+    try:
+        env = gym.make(env_id, **kwargs)
+        if hidden_positions(env):
+            env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
+    except Exception as error:  # an environment's own code raises what it likes
+        fail(f"--env-id {env_id}: {error}")
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        require(isinstance(space, gym.spaces.Box), f"--env-id {env_id}: the {name} space must be a Box, it is {space}")
+    require(
+        len(env.action_space.shape or ()) == 1, f"--env-id {env_id}: actions must be vectors, not {env.action_space}"
+    )
+    if len(env.observation_space.shape or ()) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+class Replayable(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
+
+    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        super().__init__(env)
+        self.start: dict[str, Any] = {}
+        self.actions: list[np.ndarray] = []
+        self.episodic_return = 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.start = {"rng": self.unwrapped.np_random.bit_generator.state} if seed is None else {"seed": seed}
+        self.actions, self.episodic_return = [], 0.0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        action = np.array(action, self.action_space.dtype)  # what is stored is what was done
+        self.actions.append(action)
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.episodic_return += float(reward)
+        return obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict[str, Any]:
+        actions = torch.from_numpy(np.stack(self.actions)) if self.actions else None
+        return {**self.start, "actions": actions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Returns the observation that the episode had reached."""
+        if "rng" in state:
+            self.unwrapped.np_random.bit_generator.state = state["rng"]
+        obs, _ = self.reset(seed=state.get("seed"))
+        for action in [] if state["actions"] is None else state["actions"].numpy():
+            obs, *_ = self.step(action)
+        return np.asarray(obs, np.float32)
+
+
+class VectorEnv:
+    """num_envs environments stepped together. A finished one is reset in the same step (Gymnasium's SAME_STEP), so
+    `obs` is always what to act on, while `step` returns the true next observation, even of a finished episode."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
+        self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
+        self.action_space = copy.deepcopy(
+            self.envs[0].action_space
+        )  # a class may share one space over all its instances
+        self.action_space.seed(seed)
+        self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
+        self.episode = np.arange(num_envs)  # which episode each environment is in, numbered over all of them
+        self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended
+
+    def random_action(self) -> np.ndarray:
+        return np.stack([self.action_space.sample() for _ in self.envs])
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        next_obs, reward, terminated = np.empty_like(self.obs), np.empty(len(self.envs)), np.zeros(len(self.envs), bool)
+        self.obs, self.episode, self.finished = self.obs.copy(), self.episode.copy(), []
+        for i, env in enumerate(self.envs):
+            next_obs[i], reward[i], terminated[i], truncated, _ = env.step(action[i])
+            self.obs[i] = next_obs[i]
+            if terminated[i] or truncated:
+                self.finished.append((env.episodic_return, len(env.actions)))
+                self.obs[i] = env.reset()[0]
+                self.episode[i] = self.episode.max() + 1
+        return next_obs, reward, terminated
+
+    def state_dict(self) -> dict[str, Any]:
+        rng = self.action_space.np_random.bit_generator.state
+        envs = [env.state_dict() for env in self.envs]
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
+        self.action_space.np_random.bit_generator.state = state["rng"]
+        self.episode = state["episode"].numpy()
+
+
+def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
+    """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
+    z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
+    angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
+    contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
+    can_fall = getattr(task, "_terminate_when_unhealthy", False)
+
+    def unhealthy(next_obs: Tensor) -> Tensor:
+        z, angle = next_obs[..., skip], next_obs[..., skip + 1]
+        return (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+
+    def terminated(next_obs: Tensor) -> Tensor:
+        return unhealthy(next_obs) if can_fall else torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+    def reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        total: Tensor = task._forward_reward_weight * (next_obs[..., 0] - obs[..., 0]) / task.dt
+        total = total - task._ctrl_cost_weight * action.square().sum(-1)
+        if can_fall:
+            total = total + task._healthy_reward * (~unhealthy(next_obs))
+        if contact_weight:
+            forces = next_obs[..., 27 + skip :].clamp(*task._contact_force_range)
+            total = total - contact_weight * forces.square().sum(-1)
+        return total
+
+    return reward, terminated
+
+
+def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
+    """Reward and termination from (obs, action, next_obs): the environment's own, else Gymnasium's MuJoCo tasks.
+
+    Weights and ranges are read from the environment, so that one made with other settings is planned for correctly.
+    """
+    task: Any = env.unwrapped
+    if has_known_reward(env):
+        return task.batch_reward, task.batch_terminated
+    name = env.spec.id if env.spec else ""
+
+    def never(next_obs: Tensor) -> Tensor:
+        return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+    def reacher(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        distance, effort = vector_norm(next_obs[..., 8:10], dim=-1), action.square().sum(-1)
+        return -(task._reward_dist_weight * distance + task._reward_control_weight * effort)
+
+    def pusher(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+        tip, thing, goal = next_obs[..., 14:17], next_obs[..., 17:20], next_obs[..., 20:23]
+        near, far, effort = vector_norm(thing - tip, dim=-1), vector_norm(thing - goal, dim=-1), action.square().sum(-1)
+        cost = task._reward_near_weight * near + task._reward_dist_weight * far
+        return -(cost + task._reward_control_weight * effort)
+
+    def fallen(next_obs: Tensor) -> Tensor:
+        return next_obs[..., 1].abs() > 0.2
+
+    if name in ("HalfCheetah-v5", "Swimmer-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"):
+        return locomotion_formulas(task, POSITIONS[name])
+    if name in ("Reacher-v5", "Pusher-v5"):
+        return {"Reacher-v5": reacher, "Pusher-v5": pusher}[name], never
+    if name == "InvertedPendulum-v5":
+        return (lambda obs, action, next_obs: (~fallen(next_obs)).to(obs)), fallen
+    return None  # Humanoid-v5 among them: its reward needs the centre of mass, which is not in the observation
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+COLUMNS = ("obs", "action", "next_obs", "reward", "terminated", "episode")
+
+
+class ReplayBuffer:
+    """Transitions in preallocated tensors on the training device; when it is full the oldest are overwritten."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.obs = torch.zeros(capacity, obs_dim, device=device)
+        self.action = torch.zeros(capacity, action_dim, device=device)
+        self.next_obs = torch.zeros(capacity, obs_dim, device=device)
+        self.reward = torch.zeros(capacity, device=device)
+        self.terminated = torch.zeros(capacity, device=device)  # not truncated: a time limit is no property of a state
+        self.episode = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.capacity, self.position, self.size = capacity, 0, 0
+
+    def add(self, **rows: np.ndarray | Tensor) -> None:
+        count = len(rows["obs"])
+        index = (self.position + torch.arange(count)) % self.capacity
+        for name, values in rows.items():
+            column = getattr(self, name)
+            column[index] = torch.as_tensor(values).to(column)
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def columns(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name)[: self.size].clone() for name in COLUMNS}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.columns() | {"position": self.position, "capacity": self.capacity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = 0
+        self.add(**{name: state[name] for name in COLUMNS})
+        self.position = state["position"]
+
+
+def check_data(columns: dict[str, Tensor], source: str) -> None:
+    for name, column in columns.items():
+        bad = (~torch.isfinite(column)).nonzero()
+        if len(bad):
+            where = f"row {bad[0, 0]}" + (f", dimension {bad[0, 1]}" if bad.shape[1] > 1 else "")
+            fail(f"{source}: {name} has {len(bad)} non-finite values, the first in {where}")
+
+
+def load_data(path: str, env_id: str, obs_dim: int, action_dim: int) -> dict[str, Tensor]:
+    """The columns of a file written by `--save-data`, after checking that they are whole and fit this environment."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        columns: dict[str, Tensor] = {name: data[name] for name in COLUMNS}
+        count, source = len(columns["obs"]), data["env_id"]
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"--data {path} is not a file written by --save-data ({type(error).__name__})")
+    require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
+    require(count > 1, f"--data {path} has {count} transitions, too few to learn from")
+    shapes = {"obs": (count, obs_dim), "action": (count, action_dim), "next_obs": (count, obs_dim)}
+    for name, column in columns.items():
+        shape = shapes.get(name, (count,))
+        fits = isinstance(column, Tensor) and column.shape == shape
+        require(fits, f"--data {path}: {name} is not a tensor of shape {shape}")
+    check_data(columns, f"--data {path}")
+    return columns
+
+
+class Normaliser(nn.Module):
+    """x -> (x - mean) / std. Both are buffers, so that a saved model never goes without them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, x: Tensor) -> None:
+        std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
+        # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
+        constant = ~(std > 1e-6 * (1 + mean.abs()))
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std + self.mean
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class StackedMLP(nn.Module):
+    """E independent multilayer perceptrons as one: weights (E, in, out) and one batched product a layer."""
+
+    def __init__(self, ensemble_size: int, sizes: list[int], activation: str):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            bound = fan_in**-0.5  # torch.nn.Linear's own initialisation
+            self.weights.append(nn.Parameter(torch.empty(ensemble_size, fan_in, fan_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(ensemble_size, 1, fan_out).uniform_(-bound, bound)))
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (E, B, in) -> (E, B, out)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < len(self.weights) - 1:
+                x = self.activation(x)
+        return x
+
+
+class DynamicsModel(nn.Module):
+    """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
+
+    The first `skip` observation dimensions (absolute positions) are predicted but not seen, and `angles`, which turn
+    without limit, are seen as sine and cosine. With `learn_reward` the
+    target has two more columns: the reward, normalised like Δs, and whether the step terminated, as a logit.
+    """
+
+    outputs_per_target = 1
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, ensemble_size: int, num_layers: int, hidden_size: int, activation: str,
+        learn_reward: bool, skip: int, angles: Sequence[int] = (),
+    ):  # fmt: skip
+        super().__init__()
+        self.obs_dim, self.action_dim, self.ensemble_size = obs_dim, action_dim, ensemble_size
+        self.learn_reward, self.skip, self.angles = learn_reward, skip, list(angles)
+        self.seen = [dim for dim in range(skip, obs_dim) if dim not in self.angles]
+        self.num_targets = obs_dim + learn_reward
+        num_inputs = len(self.seen) + 2 * len(self.angles) + action_dim
+        num_outputs = self.num_targets * self.outputs_per_target + learn_reward
+        self.input_normaliser, self.target_normaliser = Normaliser(num_inputs), Normaliser(self.num_targets)
+        self.mlp = StackedMLP(ensemble_size, [num_inputs, *[hidden_size] * num_layers, num_outputs], activation)
+
+    def inputs(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What the network sees, not yet normalised: after a somersault an angle has changed, the body has not."""
+        if not self.angles:
+            return torch.cat([obs[..., self.skip :], action], dim=-1)
+        angle = obs[..., self.angles]
+        return torch.cat([obs[..., self.seen], angle.sin(), angle.cos(), action], dim=-1)
+
+    def regression_data(self, buffer: ReplayBuffer, rows: Tensor, fit: bool = False) -> tuple[Tensor, Tensor]:
+        """Inputs x (N, in) and targets y (N, out) of these rows, normalised once per fit rather than once per batch."""
+        obs, action, next_obs = buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows]
+        x, y = self.inputs(obs, action), next_obs - obs
+        if self.learn_reward:
+            y = torch.cat([y, buffer.reward[rows, None]], dim=1)
+        if fit:
+            self.input_normaliser.fit(x)
+            self.target_normaliser.fit(y)
+        x, y = self.input_normaliser(x), self.target_normaliser(y)
+        return x, torch.cat([y, buffer.terminated[rows, None]], dim=1) if self.learn_reward else y
+
+    def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:  # (E, B, in), (E, B, out) -> (E,)
+        output = self.mlp(x).float()
+        loss = self.regression_loss(output, y[..., : self.num_targets])
+        if self.learn_reward:
+            entropy = F.binary_cross_entropy_with_logits(output[..., -1], y[..., -1], reduction="none")
+            loss = loss + entropy.mean(dim=1)
+        return loss
+
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(E, B, D), (E, B, A) -> mean next_obs (E, B, D); reward and termination probability (E, B) if learned."""
+        x = self.input_normaliser(self.inputs(obs, action))
+        output = self.mlp(x.to(self.mlp.weights[0].dtype)).float()  # a planner may keep the weights in bfloat16
+        change = self.target_normaliser.inverse(output[..., : self.num_targets])
+        next_obs = obs + change[..., : self.obs_dim]
+        return (next_obs, change[..., -1], output[..., -1].sigmoid()) if self.learn_reward else (next_obs, None, None)
+
+
+class GaussianEnsemble(DynamicsModel):
+    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood (equation 3)."""
+
+    outputs_per_target = 2  # mean and log-variance
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_logvar = nn.Parameter(torch.full((self.ensemble_size, 1, self.num_targets), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((self.ensemble_size, 1, self.num_targets), -10.0))
+
+    def logvar(self, output: Tensor) -> Tensor:
+        """Softly clamped (PETS, appendix A.1): outside the data a free variance would explode or collapse."""
+        logvar = output[..., self.num_targets : 2 * self.num_targets]
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+    def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
+        logvar = self.logvar(output)
+        nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))  # keeps the learned bounds tight
+        return nll.mean(dim=(1, 2)) + bounds
+
+
+# ------------------------------------------------------------------------------------------------------ algorithm
+
+
+def has_known_reward(env: gym.Env[Any, Any]) -> bool:
+    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
+    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
+
+
+def make_optimizer(model: DynamicsModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Adam; the weights of the layers decay, biases and log-variance bounds do not."""
+    weights = [*model.mlp.weights]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("mlp.weights")]
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": weight_decay}, {"params": others}]
+    return torch.optim.Adam(groups, learning_rate, fused=True)
+
+
+def train_step(
+    model: DynamicsModel, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch_size: int, input_noise: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One gradient step of every member on its own batch from x (N, in) and y (N, out); returns the losses (E,)."""
+    index = torch.randint(len(x), (model.ensemble_size, batch_size), device=x.device)
+    batch = x[index] + input_noise * torch.randn(*index.shape, x.shape[1], device=x.device)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model.loss(batch, y[index])
+    optimizer.zero_grad()
+    loss.sum().backward()  # the members share no weights: the gradient of the sum is each one's own
+    optimizer.step()
+    return loss.detach()
+
+
+def check_finite(losses: Tensor, model: DynamicsModel, step: int, run_dir: Path) -> None:
+    """A model that has diverged is of no use, and must not overwrite its last good checkpoint."""
+    tensors = {"model/train_loss": losses} | dict(model.named_parameters())
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        checkpoint = run_dir / "checkpoint.pt"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        sys.exit(f"non-finite {bad[0]} at or before gradient step {step}; {last}; try a smaller --learning-rate")
+
+
+CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
+
+
+def sample_step(model: GaussianEnsemble, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Equation 1: (E, N, D), (E, N, A) -> a draw of each member, and reward and termination probability if learned."""
+    x = model.input_normaliser(model.inputs(state, action))
+    output = model.mlp(x.to(model.mlp.weights[0].dtype)).float()
+    mean, std = output[..., : model.num_targets], (0.5 * model.logvar(output)).exp()
+    change = model.target_normaliser.inverse(mean + std * torch.randn_like(std))
+    next_state = state + change[..., : model.obs_dim]
+    return (next_state, change[..., -1], output[..., -1].sigmoid()) if model.learn_reward else (next_state, None, None)
+
+
+def mean_step(model: GaussianEnsemble, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(1, N, D), (1, N, A) -> the mean over the members, as if it were the truth."""
+    E = model.ensemble_size
+    found = model.predict(state.expand(E, -1, -1), action.expand(E, -1, -1))
+    next_state, reward, over = (None if part is None else part.mean(dim=0, keepdim=True) for part in found)
+    assert next_state is not None
+    return next_state, reward, over
+
+
+# Differs: particles
+def imagined_returns(
+    model: GaussianEnsemble, formulas: tuple[RewardFn, TerminatedFn] | None, args: Args, obs: Tensor, candidates: Tensor
+) -> Tensor:
+    """Equation 2: try every candidate (B, K, H, A) from obs (B, D) on its particles; mean returns (B, K)."""
+    B, K, H, A = candidates.shape
+    E, P = (1, 1) if args.propagation == "expectation" else (model.ensemble_size, args.num_particles)
+    group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, CACHED_STATES // P)
+    found = []
+    for start, plans in zip(
+        obs.repeat_interleave(K, dim=0).split(group), candidates.reshape(B * K, H, A).split(group), strict=True
+    ):
+        N = len(plans)
+        state = start.repeat(P, 1).view(E, P // E * N, -1)  # (E, P / E * N, D): the particles of a member, by candidate
+        returns, alive = torch.zeros(N, device=obs.device), torch.ones(E, P // E * N, device=obs.device)
+        for t in range(H):
+            if args.propagation == "ts1":  # another member for each particle, and each member as many as before
+                dealt = torch.randperm(P, device=obs.device)
+                state, alive = state.view(P, N, -1)[dealt].view_as(state), alive.view(P, N)[dealt].view_as(alive)
+            action = plans[:, t].repeat(P // E, 1).expand(E, -1, -1)
+            step = mean_step if args.propagation == "expectation" else sample_step
+            next_state, reward, over = step(model, state, action)
+            if formulas:
+                reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
+            assert reward is not None and over is not None
+            returns = returns + args.gamma**t * (alive * reward).view(P, N).mean(dim=0)
+            alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
+            state = next_state
+        found.append(returns)
+    return torch.cat(found).view(B, K)
+
+
+def rank_last(returns: Tensor) -> Tensor:
+    """A model can blow up far from its data; what it then promises (NaN, infinity) must not win."""
+    return torch.where(returns.isfinite(), returns, -torch.inf)
+
+
+def shift(plans: Tensor) -> Tensor:
+    """One step on: (.., H, A) without its first action, the last one repeated."""
+    return torch.cat([plans[..., 1:, :], plans[..., -1:, :]], dim=-2)
+
+
+# Differs: as in PETS, without the later refinements
+def cem(
+    imagine: Imagine, obs: Tensor, mean: Tensor, low: Tensor, high: Tensor, args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 2 to 4 for B states at once, from `mean` (B, H, A).
+
+    Returns the final mean (B, H, A), the return it promises (B,), and the elites' deviation in half-ranges.
+    """
+    B, H, A = mean.shape
+    half = (high - low) / 2
+    var = (half * args.start_std).square().expand(B, H, A)
+    cut_off = math.erf(2 / math.sqrt(2))  # the share of a Gaussian within ±2
+    for _ in range(args.cem_iterations):
+        std = torch.minimum(var.sqrt(), torch.minimum(mean - low, high - mean) / 2)
+        uniform = 2 * torch.rand(B, args.num_candidates, H, A, device=obs.device) - 1
+        noise = math.sqrt(2) * torch.erfinv(cut_off * uniform)
+        candidates = mean[:, None] + std[:, None] * noise  # (B, K, H, A); two of its deviations stay inside the bounds
+        top = rank_last(imagine(obs, candidates)).topk(args.num_elites, dim=1)  # (B, J), best first
+        elites = candidates.gather(1, top.indices[..., None, None].expand(-1, -1, H, A))  # (B, J, H, A)
+        new_var, new_mean = torch.var_mean(elites, dim=1, correction=0)
+        mean = args.cem_alpha * new_mean + (1 - args.cem_alpha) * mean
+        var = args.cem_alpha * new_var + (1 - args.cem_alpha) * var
+    return mean, top.values.mean(dim=1), (new_var.sqrt() / half).mean()
+
+
+# Differs: CEM remembers its plan from one step to the next
+class Planner:
+    """`cem` with its settings and its memory, for a fixed number of environments."""
+
+    def __init__(self, args: Args, imagine: Imagine, low: Tensor, high: Tensor, num_envs: int):
+        self.args, self.imagine, self.low, self.high = args, imagine, low, high
+        self.search = compiled(cem, low.device) if args.compile else cem
+        self.middle = ((low + high) / 2).expand(args.horizon, -1)  # (H, A): the plan of someone who knows nothing
+        self.mean = self.middle.repeat(num_envs, 1, 1)  # (B, H, A)
+        self.spreads: list[Tensor] = []
+
+    def reset(self, ended: np.ndarray) -> None:
+        """Forget what was planned for the environments whose episode has ended."""
+        if ended.any():
+            self.mean[torch.from_numpy(ended)] = self.middle
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions for obs (B, D), and the return that their plans promise: (B, A), (B,)."""
+        found = self.search(self.imagine, obs, self.mean, self.low, self.high, self.args)
+        mean, promise, spread = (part.clone() for part in found)  # a CUDA graph overwrites its outputs
+        self.mean = shift(mean)
+        self.spreads.append(spread)
+        return mean[:, 0], promise
+
+    def diagnostics(self) -> dict[str, float]:
+        return {"eval/elite_std": torch.stack(self.spreads).mean().item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"].to(self.mean)
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The whole planning call as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
+        return function
+    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
+def faster_dtype(device: torch.device) -> str:
+    """Products in bfloat16 are up to four times faster where the hardware has them, and slower where it has not."""
+    seconds = {}
+    for name in ("float32", "bfloat16", "float32", "bfloat16"):  # the first round warms up
+        a = torch.ones(3, 1000, 256, dtype=getattr(torch, name), device=device)
+        b = torch.ones(3, 256, 256, dtype=getattr(torch, name), device=device)
+        begin = time.perf_counter()
+        for _ in range(10):
+            (a @ b)[0, 0, 0].item()
+        seconds[name] = time.perf_counter() - begin
+    return min(seconds, key=lambda name: seconds[name])
+
+
+@torch.no_grad()
+def refresh(fast: DynamicsModel, model: DynamicsModel) -> None:
+    """The model's weights, in the precision of the planner's copy.
+
+    tanh(z) = 2σ(2z) - 1, and σ costs a CPU a third of tanh, which is a third of a plan: the copy of a tanh network has
+    its weights scaled and shifted so that σ takes tanh's place. It computes the same function.
+    """
+    fast.load_state_dict(model.state_dict())
+    if model.mlp.activation is torch.tanh:
+        fast.mlp.activation = torch.sigmoid
+        for layer, (weight, bias) in enumerate(zip(model.mlp.weights, model.mlp.biases, strict=True)):
+            if layer > 0:  # what comes in is 2σ - 1
+                bias, weight = bias - weight.sum(dim=1, keepdim=True), 2 * weight
+            if layer < len(model.mlp.weights) - 1:  # what goes out goes into σ(2z)
+                bias, weight = 2 * bias, 2 * weight
+            fast.mlp.weights[layer].copy_(weight)
+            fast.mlp.biases[layer].copy_(bias)
+
+
+def planning_copy(model: DynamicsModel, dtype: str) -> DynamicsModel:
+    """The same model for the planner, with its weights in another precision."""
+    fast = copy.deepcopy(model).requires_grad_(False)
+    fast.mlp.to(getattr(torch, dtype))
+    refresh(fast, model)
+    return fast
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def novelty(model: DynamicsModel, buffer: ReplayBuffer, first: int) -> dict[str, float]:
+    """How well the model predicts the transitions collected since it was fitted (from row `first` on)."""
+    x, y = model.regression_data(buffer, torch.arange(first, buffer.size, device=buffer.obs.device))
+    output = model.mlp(x.expand(model.ensemble_size, -1, -1))[..., : model.obs_dim]
+    error = (output - y[:, : model.obs_dim]).square().mean().item()
+    return {"model/holdout_mse": error, "model/disagreement": output.std(dim=0, correction=0).mean().item()}
+
+
+def promise_kept(
+    promised: np.ndarray, rewards: np.ndarray, alive: np.ndarray, terminated: np.ndarray, args: Args
+) -> dict[str, float]:
+    """What plans promised (T, B) against the reward of the next H steps, wherever the episode lasted that long."""
+    horizon = min(args.horizon, len(rewards))
+    discounts = args.gamma ** np.arange(horizon)
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, 0 * rewards]), horizon, axis=0)
+    realised = (windows * discounts).sum(axis=-1)[: len(rewards)]  # (T, B)
+    # A plan that the time limit cut short was not given the time to keep its promise; one that fell was.
+    whole = alive & (
+        np.concatenate([alive, 0 * alive])[horizon - 1 :][: len(alive)].astype(bool) | terminated.any(axis=0)
+    )
+    if not whole.any():
+        return {}
+    return {
+        "eval/predicted_return": promised[whole].mean().item(),
+        "eval/realised_return": realised[whole].mean().item(),
+    }
+
+
+def write_video(frames: list[Any], path: Path) -> None:
+    from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+
+
+def describe(metrics: dict[str, float], returns: list[float]) -> str:
+    mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
+    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    if "eval/predicted_return" in metrics:
+        promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
+        text += f"; plans promised {promised:.2f}, got {realised:.2f}"
+    return text
+
+
+def evaluate(
+    args: Args,
+    make_planner: Callable[[VectorEnv], Planner],
+    episodes: int,
+    device: torch.device,
+    video: Path | None,
+    leave: Callable[[], None],
+) -> tuple[dict[str, float], list[float]]:
+    """Whole episodes, side by side in one planning call a step; the same seeds each time, none of them trained on."""
+    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    seed = args.seed + 1_000_000
+    kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
+    envs = VectorEnv(args.env_id, episodes, seed, **kwargs)
+    planner = make_planner(envs)
+    frames, promised, rewards, alive, terminated = [], [], [], [np.ones(episodes, bool)], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while alive[-1].any():
+            leave()
+            action, promise = planner(torch.from_numpy(envs.obs).to(device))
+            if video and alive[-1][0]:
+                frames.append(envs.envs[0].render())
+            episode = envs.episode
+            _, reward, over = envs.step(action.cpu().numpy())
+            planner.reset(envs.episode != episode)
+            promised.append(promise.cpu().numpy())
+            rewards.append(reward * alive[-1])  # after its first episode an environment is only kept company
+            terminated.append(over & alive[-1])
+            alive.append(alive[-1] & (envs.episode == episode))
+    for env in envs.envs:
+        env.close()
+    if video:
+        write_video(frames, video)
+    returns, lengths = np.sum(rewards, axis=0), np.sum(alive[:-1], axis=0)
+    metrics = {"eval/episodic_return": returns.mean().item(), "eval/episodic_length": lengths.mean().item()}
+    metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
+    arrays = (np.array(promised), np.array(rewards), np.array(alive[:-1]), np.array(terminated))
+    return metrics | planner.diagnostics() | promise_kept(*arrays, args), returns.tolist()
+
+
+# ----------------------------------------------------------------------------------------- logging and checkpoints
+
+
+def save_file(path: Path, contents: dict[str, Any]) -> None:
+    """Atomic: a process killed halfway leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(contents, temporary)
+    os.replace(temporary, path)
+
+
+def save_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Logger:
+    """The run folder: args.json, TensorBoard events and metrics.csv. What was logged after `step` (the checkpoint that
+    a resumed run starts from) is dropped, so that the curves look as if nothing had happened."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int | None = None):
+        self.run_dir, self.path = run_dir, run_dir / "metrics.csv"
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                id=run_dir.name, resume="allow", sync_tensorboard=True,
+            )  # fmt: skip
+        if step is not None and self.path.exists():
+            for row in list(csv.reader(self.path.open()))[1:]:
+                if len(row) == 3 and int(row[0]) <= step:  # a killed process may have torn the last row
+                    self.history[row[1]].append((int(row[0]), float(row[2])))
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--log-dir {args.log_dir}: {error}")
+        (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
+        save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
+        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        save_text(self.path, "step,tag,value\n" + "".join(rows))
+        self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        with self.path.open("a") as file:
+            for tag, value in values.items():
+                if not self.history[tag] or self.history[tag][-1][0] < step:  # else logged before it was resumed
+                    self.history[tag].append((step, value))
+                    self.writer.add_scalar(tag, value, step)
+                    file.write(f"{step},{tag},{value!r}\n")
+
+    def close(self, result: dict[str, float]) -> None:
+        """result.json marks the run as finished."""
+        self.writer.close()
+        save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
+
+    def picture(self, tag: str, figure: Any, step: int) -> None:
+        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
+        self.writer.add_figure(tag, figure, step)
+
+
+class Checkpointer:
+    """A run in one file: `parts` (whatever has a state_dict), `progress` (plain numbers and lists) and PyTorch's random
+    generators. SIGINT and SIGTERM only raise a flag, so that the loop can save before it leaves."""
+
+    def __init__(self, run_dir: Path, progress: dict[str, Any], parts: dict[str, Any]):
+        self.run_dir, self.progress, self.parts = run_dir, progress, parts
+        self.signal, self.started = 0, time.perf_counter()
+
+    def __enter__(self) -> "Checkpointer":
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # asked twice: leave at once
+        self.signal = number
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
+        self.progress.update(checkpoint["progress"])
+        torch.set_rng_state(checkpoint["rng"])
+        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def save(self) -> None:
+        now = time.perf_counter()
+        self.progress["seconds"] += now - self.started  # over all sessions of a resumed run
+        self.started = now
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
+        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        save_file(self.run_dir / "checkpoint.pt", state)
+
+    def step(self, due: bool) -> None:
+        """Call after every step, with everything of that step done."""
+        if due or self.signal:
+            self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
+        if self.signal:
+            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+
+# What may be given anew when a run is resumed: nothing that has shaped the data or the weights so far.
+MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
+MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile"}
+
+
+def load_args(run_dir: str) -> Args:
+    """The settings of an earlier run."""
+    path = Path(run_dir) / "args.json"
+    require(path.is_file(), f"--resume {run_dir}: this is no run folder (it has no args.json)")
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text())
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return Args(**saved)
+    except (AttributeError, TypeError, ValueError):
+        fail(f"--resume {run_dir}: its args.json is not from this script")
+
+
+def load_checkpoint(args: Args) -> dict[str, Any]:
+    """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
+    assert args.resume is not None
+    saved_args = asdict(load_args(args.resume))
+    for name, value in asdict(args).items():
+        was = saved_args[name]
+        message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
+        require(name in MAY_CHANGE or value == was, message)
+    path = Path(args.resume) / "checkpoint.pt"
+    require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception as error:  # torch.load raises whatever the bytes happen to trigger
+        fail(f"{path} is not a checkpoint ({type(error).__name__}); start the run anew")
+    require(script == SCRIPT, f"{path} was written by {script}.py")
+    return checkpoint
+
+
+def new_run_dir(args: Args) -> Path:
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}".replace(":", "-").replace("/", "-")
+    now = int(time.time())
+    while (run_dir := Path(args.log_dir) / f"{name}__{now}").exists():
+        now += 1
+    return run_dir
+
+
+def parse_args(command_line: list[str] | None = None) -> Args:
+    """With --resume, the earlier run's settings are the defaults."""
+    args = tyro.cli(Args, args=command_line)
+    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def fit_model(
+    args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, log: Logger,
+    checkpointer: Checkpointer,
+) -> None:  # fmt: skip
+    """`train_steps` gradient steps on everything collected so far."""
+    progress, rows = checkpointer.progress, torch.arange(buffer.size, device=buffer.obs.device)
+    x, y = model.regression_data(buffer, rows, fit=progress["fit_step"] == 0)
+    bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc="fit", unit="step", leave=False)
+    begin, dtype = time.perf_counter(), getattr(torch, args.train_dtype)
+    while progress["fit_step"] < args.train_steps:
+        progress["fit_step"] = step = progress["fit_step"] + 1
+        loss = train_step(model, optimizer, x, y, args.batch_size, args.input_noise, dtype)  # (E,)
+        save, last = step % args.checkpoint_every == 0, step == args.train_steps
+        read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
+        if read:
+            check_finite(loss, model, step, checkpointer.run_dir)
+        if last:
+            seconds = time.perf_counter() - begin
+            log.scalars({"model/train_loss": loss.mean().item(), "time/train_s": seconds}, buffer.size)
+        bar.update()
+        if read:  # what has not been checked is not saved
+            checkpointer.step(due=save)
+    bar.close()
+
+
+# Differs: the planner acts, and everything is logged against environment steps
+def collect(
+    args: Args, envs: VectorEnv, buffer: ReplayBuffer, planner: Planner | None, target: int, log: Logger,
+    checkpointer: Checkpointer,
+) -> None:  # fmt: skip
+    """Act until the buffer holds `target` transitions, by random actions if there is no planner yet."""
+    first, plan_times, step_times = buffer.size, [], []
+    bar = tqdm(total=target, initial=first, desc="act" if planner else "random", unit="step", leave=False)
+    while buffer.size < target:
+        begin = time.perf_counter()
+        obs, episode = envs.obs, envs.episode
+        if planner is None:
+            action = envs.random_action()
+        else:
+            action = planner(torch.from_numpy(obs).to(buffer.obs.device))[0].cpu().numpy()
+            plan_times.append(time.perf_counter() - begin)
+        next_obs, reward, terminated = envs.step(action)
+        buffer.add(obs=obs, action=action, next_obs=next_obs, reward=reward, terminated=terminated, episode=episode)
+        if planner:
+            planner.reset(envs.episode != episode)
+        step_times.append(time.perf_counter() - begin)
+        if envs.finished:
+            mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
+            log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, buffer.size)
+            bar.set_postfix({"return": f"{mean_return:.0f}"})
+        bar.update(args.num_envs)
+        checkpointer.step(due=buffer.size % args.checkpoint_every < args.num_envs)
+    bar.close()
+    if planner and step_times:
+        speeds = {"time/plan_ms": 1e3 * float(np.median(plan_times)), "time/env_s": sum(step_times)}
+        speeds["charts/SPS"] = args.num_envs / float(np.mean(step_times[10:] or step_times))
+        log.scalars(speeds, buffer.size)
+
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be planned over, {space} is not")
+    spec = envs.envs[0].spec
+    limit = (spec and spec.max_episode_steps) or args.horizon
+    require(
+        args.horizon <= limit, f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)"
+    )
+    formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
+    require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
+
+    data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
+    first_steps = len(data["obs"]) if data else args.initial_steps
+    capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
+    buffer = ReplayBuffer(
+        max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity, obs_dim, action_dim, device
+    )
+    if data:
+        buffer.add(**data)
+        envs.episode += int(buffer.episode.max()) + 1
+    shape: dict[str, Any] = {
+        "ensemble_size": args.ensemble_size,
+        "num_layers": args.num_layers,
+        "hidden_size": args.hidden_size,
+    }
+    shape |= {"activation": args.activation, "learn_reward": formulas is None, "skip": hidden_positions(envs.envs[0])}
+    shape |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
+    model = GaussianEnsemble(obs_dim, action_dim, **shape).to(device)
+    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": False, "seconds": 0.0, "metrics": {}}
+    progress |= {"first_steps": first_steps, "dtype": args.planner_dtype}
+    if args.planner_dtype == "auto":  # measured once: a resumed run goes on with what it began with
+        progress["dtype"] = checkpoint["progress"]["dtype"] if checkpoint else faster_dtype(device)
+    fast: Any = planning_copy(model, progress["dtype"])
+
+    def make_planner(envs: VectorEnv) -> Planner:
+        return Planner(args, partial(imagined_returns, fast, formulas, args), low, high, len(envs.envs))
+
+    planner = make_planner(envs)
+    parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
+    with Checkpointer(run_dir, progress, parts) as checkpointer:
+        if checkpoint:
+            checkpointer.restore(checkpoint)
+        if args.eval_only:
+            refresh(fast, model)
+            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+            again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)
+            print(f"{run_dir}: {describe(again, returns)}")
+            return again
+        log = Logger(run_dir, args, buffer.size if checkpoint else None)
+        source = "known" if formulas else "learned"
+        print(f"{run_dir}: reward and termination {source}, device {device}, planning in {progress['dtype']}")
+        collect(args, envs, buffer, None, progress["first_steps"], log, checkpointer)
+        if args.save_data and progress["iteration"] == 0:
+            save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})
+        while True:
+            iteration, last = progress["iteration"], progress["iteration"] >= args.num_iterations - 1
+            fit_model(args, model, optimizer, buffer, log, checkpointer)
+            refresh(fast, model)
+            if not progress["evaluated"]:
+                checkpointer.save()
+                video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
+                episodes = args.eval_episodes if last else args.interim_episodes
+                progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
+                log.scalars(progress["metrics"], buffer.size)
+                print(
+                    f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True
+                )
+                progress["evaluated"] = True
+                checkpointer.save()
+            if last:
+                break
+            target = progress["first_steps"] + (iteration + 1) * args.steps_per_iteration
+            collect(args, envs, buffer, planner, target, log, checkpointer)
+            log.scalars(
+                novelty(model, buffer, progress["first_steps"] + iteration * args.steps_per_iteration), buffer.size
+            )
+            progress.update(iteration=iteration + 1, fit_step=0, evaluated=False)
+        if args.save_data:
+            save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})
+        checkpointer.save()
+    metrics: dict[str, float] = progress["metrics"] | {"minutes": progress["seconds"] / 60}
+    log.close(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse_args())

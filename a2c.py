@@ -145,7 +145,7 @@ class Args:
     """environment steps"""
     num_envs: int = 8
     """environments stepped in parallel"""
-    batch_size: int = 2_048
+    batch_size: int = 1_024
     """samples in the batch of each gradient step (and of each member)"""
     normalize_obs: bool = True
     """standardise the observations by their mean and spread so far"""

@@ -188,6 +188,7 @@ A2C_PARTS = (
     ("no-anneal", "--no-anneal", "constant step size"),
     ("one-step", "--baseline-steps 1", "one step of the critic instead of 20"),
     ("small-batch", "--batch-size 256 --learning-rate 7e-4 --baseline-steps 4", "batches of 256, smaller steps"),
+    ("large-batch", "--batch-size 2_048", "batches of 2,048"),
     ("no-lambda", "--gae-lambda None", "λ = 1"),
     ("no-baseline", "--gae-lambda None --no-use-baseline --batch-size 8_000", "no baseline, whole episodes"),
 )

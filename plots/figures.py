@@ -205,6 +205,20 @@ def draw_error_bars(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]])
     axes.minorticks_off()
 
 
+def draw_heat(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]]) -> None:
+    """Last values as a map, mean over the seeds: a row for each series, a column for each x; what lacks stays white."""
+    table = np.full((len(panel.series), len(panel.series[0].points)), np.nan)
+    for row, series in enumerate(panel.series):
+        for column, (_, run, tag) in enumerate(series.points):
+            last = [seed.curves[tag].values[-1] for seed in loaded[run] if tag in seed.curves]
+            if last:
+                table[row, column] = np.mean(last)
+                axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color="white")
+    axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(table.shape[1]), [f"{x:g}" for x, _, _ in panel.series[0].points])
+    axes.set_yticks(range(table.shape[0]), [series.label for series in panel.series])
+
+
 def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> None:
     """One PNG of about 900 pixels' width with the study's panels side by side, three in a row."""
     import matplotlib
@@ -229,7 +243,9 @@ def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> 
             axes.set_xscale("log")
         if panel.log_y:
             axes.set_yscale("log")
-        if panel.series:
+        if panel.heat:
+            draw_heat(axes, panel, loaded)
+        elif panel.series:
             draw_error_bars(axes, panel, loaded)
         elif panel.tags:
             draw_tags(axes, panel, loaded)
@@ -244,6 +260,8 @@ def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> 
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
+        if panel.heat:
+            continue
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         # Many curves leave no room for their names among them.

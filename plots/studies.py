@@ -90,6 +90,8 @@ class Panel:
     log_y: bool = False
     reported: tuple[Reported, ...] = ()
     series: tuple[Series, ...] = ()
+    heat: bool = False
+    """With `series`: a heat map instead, a row for each series and a column for each x."""
     tags: tuple[tuple[str, str], ...] = ()
     """Instead of `tag`: a curve for each (tag, label) of the first run in `runs`."""
 
@@ -192,6 +194,11 @@ A2C_PARTS = (
     ("no-lambda", "--gae-lambda None", "λ = 1"),
     ("no-baseline", "--gae-lambda None --no-use-baseline --batch-size 8_000", "no baseline, whole episodes"),
 )
+BC = "python bc_variants.py --env-id HalfCheetah-v5"
+BC_NAMES = ("mse", "gaussian", "gmm", "diffusion", "autoregressive")
+# What is trained on grows with each round: fewer steps for each of them.
+DAGGER = "--dagger-rounds 5 --train-steps 10_000"
+BC_BATCHES, BC_RATES = (500, 1_000, 2_000, 4_000), ("1e-3", "5e-4", "1e-4")
 # bfloat16 products: see the speed table.
 SAC = "python mbpo_sac.py --rollout-length 0 --utd-ratio 1 --train-dtype bfloat16"
 
@@ -624,6 +631,170 @@ STUDIES: tuple[Study, ...] = (
         panels=(return_panel(""),),
         columns=(RETURN, Column("steps/s", "charts/SPS")),
         seeds=1,
+    ),
+    Study(
+        name="pets",
+        title="PETS on HalfCheetah-v5, 50,000 steps",
+        shows="A probabilistic ensemble with sampled uncertainty.",
+        runs=(
+            Run(
+                name="default",
+                command="python pets.py --env-id HalfCheetah-v5",
+                minutes=240,
+                label="pets.py as it is",
+                reported="PETS 4204 ± 789",
+                target="≥ 4204",
+            ),
+        ),
+        panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="bc",
+        title="Behaviour cloning of HalfCheetah-v5 from 100 episodes",
+        shows="Five losses, one expert.",
+        runs=tuple(
+            Run(
+                name=f"{name}-100",
+                command=f"{BC} --variant {name} --num-episodes 100",
+                minutes=4,
+                label=name,
+                reported={"mse": "9500", "gaussian": "7250", "gmm": "6500"}.get(name, "never finished"),
+                target="≥ 0.95 of the expert's",
+            )
+            for name in BC_NAMES
+        ),
+        panels=(
+            Panel(tag="eval/expert_fraction", y_label="return, as a share of the expert's", x_label="gradient steps"),
+            Panel(tag="losses/action_error", y_label="action error", x_label="gradient steps", log_y=True),
+        ),
+        columns=(
+            RETURN,
+            Column("share of the expert's", "eval/expert_fraction"),
+            Column("action error", "losses/action_error"),
+            Column("ms to act 20 times", "time/act_ms"),
+        ),
+    ),
+    Study(
+        name="bc-episodes",
+        title="Cloning from few episodes, with and without DAgger",
+        shows="How much an expert must show, and what asking it once more is worth.",
+        runs=(
+            *(
+                Run(
+                    name=f"{name}-{count}",
+                    command=f"{BC} --variant {name} --num-episodes {count}",
+                    minutes=4,
+                    label=f"{name}, {count} episodes",
+                    exp_name=f"bc-{name}-100" if count == 100 else "",
+                    target={100: "≥ 0.95", 20: "≥ 0.46, the best ≥ 0.9"}.get(count, ""),
+                )
+                for name in BC_NAMES
+                for count in (1, 5, 20, 100)
+            ),
+            *(
+                Run(
+                    name=f"{name}-{count}-dagger",
+                    command=f"{BC} --variant {name} --num-episodes {count} {DAGGER}",
+                    minutes=9,
+                    label=f"{name}, {count} episodes, DAgger",
+                    target="≥ 0.95" if count == 5 else "",
+                )
+                for name in BC_NAMES
+                for count in ((1, 5, 20) if name == "mse" else (5,))
+            ),
+        ),
+        panels=(
+            Panel(
+                tag="",
+                y_label="return, as a share of the expert's",
+                x_label="episodes of the expert",
+                log_x=True,
+                title="cloning alone",
+                series=tuple(
+                    Series(name, tuple((count, f"{name}-{count}", "eval/expert_fraction") for count in (1, 5, 20, 100)))
+                    for name in BC_NAMES
+                ),
+            ),
+            Panel(
+                tag="",
+                y_label="return, as a share of the expert's",
+                x_label="episodes of the expert",
+                log_x=True,
+                title="with DAgger",
+                series=tuple(
+                    Series(
+                        name,
+                        tuple(
+                            (count, f"{name}-{count}-dagger", "eval/expert_fraction")
+                            for count in ((1, 5, 20) if name == "mse" else (5,))
+                        ),
+                    )
+                    for name in BC_NAMES
+                ),
+            ),
+        ),
+        columns=(
+            RETURN,
+            Column("share of the expert's", "eval/expert_fraction"),
+            Column("transitions", "charts/transitions"),
+        ),
+    ),
+    Study(
+        name="bc-grid",
+        title="Batch size and step size in cloning from 20 episodes",
+        shows="What the two numbers that everyone tunes first are worth.",
+        runs=tuple(
+            Run(
+                name=f"{name}-{batch}-{rate}",
+                command=f"{BC} --variant {name} --batch-size {batch} --learning-rate {rate}",
+                minutes=6,
+                label=f"{name}, batch {batch}, step size {rate}",
+            )
+            for name in ("mse", "gaussian")
+            for batch in BC_BATCHES
+            for rate in BC_RATES
+        ),
+        panels=tuple(
+            Panel(
+                tag="",
+                y_label="step size",
+                x_label="batch size",
+                title=f"{name}: share of the expert's return",
+                heat=True,
+                series=tuple(
+                    Series(
+                        rate, tuple((batch, f"{name}-{batch}-{rate}", "eval/expert_fraction") for batch in BC_BATCHES)
+                    )
+                    for rate in BC_RATES
+                ),
+            )
+            for name in ("mse", "gaussian")
+        ),
+        columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
+        seeds=1,
+    ),
+    Study(
+        name="imitation",
+        title="Adversarial imitation of HalfCheetah-v5 from 10 episodes",
+        shows="GAIL and AIRL on SAC, and what a constant reward earns.",
+        runs=tuple(
+            Run(
+                name=algo,
+                command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo} --train-dtype bfloat16",
+                minutes=180,
+                label=label,
+                target=target,
+            )
+            for algo, label, target in (
+                ("gail", "GAIL", "≥ 0.9 of the expert's"),
+                ("airl", "AIRL", "≥ 0.9 of the expert's"),
+                ("control", "paid for staying alive", ""),
+            )
+        ),
+        panels=(Panel(tag="eval/expert_fraction", y_label="return, as a share of the expert's"),),
+        columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
+        seeds=2,
     ),
     Study(
         name="a2c",

@@ -149,6 +149,37 @@ def test_figures_end_to_end(toy: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "old" not in readme and "\nq1 stays\n" in readme and readme.endswith("\nafter\n")
 
 
+def test_a_heat_map_shows_each_value_in_its_place(toy: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    loaded = figures.load_study(TOY, toy)
+    last = {run: np.mean([seed.curves["score"].values[-1] for seed in loaded[run]]) for run in ("a", "b")}
+    series = (Series("up", ((1, "a", "score"), (2, "b", "score"))), Series("down", ((1, "b", "score"),)))
+    series = (series[0], Series("down", (*series[1].points, (2, "a", "none"))))
+    figure, axes = plt.subplots()
+    figures.draw_heat(axes, Panel("", "score", heat=True, series=series), loaded)
+    shown = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(shown, [[last["a"], last["b"]], [last["b"], np.nan]])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["up", "down"]
+    assert [text.get_text() for text in axes.texts] == [f"{last[run]:.2f}" for run in ("a", "b", "b")]
+    plt.close(figure)
+
+
+def test_the_picture_of_two_modes_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import two_modes
+
+    trained = two_modes.trained
+    monkeypatch.setattr(two_modes, "trained", lambda variant, obs, action: trained(variant, obs, action, steps=3))
+    two_modes.main(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    obs, action = two_modes.demonstrations(2_000)
+    assert obs.shape == (2_000, 1) and action.shape == (2_000, 2)
+    for side in (-1, 1):
+        rows = action[action[:, 0] * side > 0]
+        assert len(rows) == 1_000
+        np.testing.assert_allclose(rows.mean(0), [side * 0.7, side * 0.4], atol=0.02)
+
+
 def test_table_only_needs_no_runs(toy: Path, tmp_path: Path) -> None:
     """The README follows the committed CSV alone; without a CSV there is one line and exit code 2."""
     with pytest.raises(SystemExit) as ended:

@@ -38,7 +38,8 @@ where x is the standardised observation, rewards are divided by the spread of th
 [-1, 1] stands for the range of the actions (outside it is clipped, but only on its way to the environment). The means
 and spreads are part of the policy: without them a saved policy is worth nothing.
 
-What each does for HalfCheetah-v5 is in the README's study a2c.
+Expect 3,700 ± 1,050 on HalfCheetah-v5 after a million steps (five seeds; four end near 4,000, one runs with its nose
+down), in two minutes on one core of a server from 2023, and 1,000 on InvertedPendulum-v5 after 40,000 steps.
 
 Usage:
 

@@ -16,21 +16,29 @@
 Behaviour cloning copies actions, and drifts where the expert never was. Here the policy acts in the environment, and is
 paid for steps that could be the expert's: it finds its way back by itself. The true reward is not used, only logged.
 
-    D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (1)
-    GAIL:   logit = h(s, a)                     reward = -log(1 - D) = softplus(logit)                              (2)
-    AIRL:   logit = f(s, a, s') - log π(a|s)    reward = f                                                          (3)
-            f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (4)
+SAC learns two values Q_1, Q_2 and a stochastic policy π that is paid for entropy at the price α (see mbpo_sac.py):
+
+    y = r + γ (1 - terminated) (min_i Q'_i(s', a') - α log π(a'|s')),   a' ~ π(.|s')                                (1)
+    critic:       Σ_i (Q_i(s, a) - y)²                  actor:  α log π(a|s) - min_i Q_i(s, a),   a ~ π(.|s)        (2)
+    temperature:  -α (log π(a|s) + target_entropy)      target networks:  Q' <- Q' + τ (Q - Q')                     (3)
+
+Here r is what the discriminator says of a step:
+
+    D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
+    GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
+    AIRL:   logit = f(s, a, s') - log π(a|s)    r = f                                                               (6)
+            f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f is the expert's advantage and g
 a reward that could be used elsewhere. SAC is rewarded with f and not with f - log π: its entropy term is the -log π.
 
-What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 2) pay for
+What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
 goes on in an absorbing state a until the time limit, for the expert and for the policy, and the discriminator judges
 that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there,
 
-    logit(a) = log(p_expert(a) / p_policy(a)),   within ±5                                                          (5)
-    a step that ends the episode is paid  reward + γ / (1 - γ) · reward(a)                                          (6)
+    logit(a) = log(p_expert(a) / p_policy(a)),   within ±5                                                          (8)
+    a step that ends the episode is paid  r + γ / (1 - γ) · r(a)                                                    (9)
 
 `--no-absorbing` pays nothing. `--algo control` pays 1 for each step and knows no expert: what it earns is what staying
 alive is worth, and no merit of imitation.
@@ -40,9 +48,9 @@ Pseudocode:
     demonstrations <- episodes of the expert
     for each environment step:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
-        every discriminator_every steps: one gradient step on equation 1 for a batch of each, plus
+        every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
             10 (|∇ logit| - 1)² between the two of them                               (the gradient penalty)
-        batch <- buffer, its rewards by equation 2 or 3 and 6, over their spread;  one step of SAC
+        batch <- buffer, its rewards by equation 5 or 6 and 9, over their spread;  one step of SAC
 
 Usage:
 
@@ -66,14 +74,14 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
-    losses/discriminator_loss   equation 1, mean over the steps since the last log, as are the following
+    losses/discriminator_loss   equation 4, mean over the steps since the last log, as are the following
     losses/gradient_penalty     (|∇ logit| - 1)²
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
-    losses/reward_spread        standard deviation of equation 2 or 3, by which they are divided
-    losses/absorbing_reward     reward(a) of equations 5 and 6, before that
-    losses/qf_loss              SAC's critics
-    losses/actor_loss           SAC's actor
+    losses/reward_spread        standard deviation of equation 5 or 6, by which they are divided
+    losses/absorbing_reward     r(a) of equations 8 and 9, before that
+    losses/qf_loss              equation 2: SAC's critics
+    losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
     losses/entropy              -log π(a|s)
     losses/qf_values            min Q of the batch
@@ -83,11 +91,11 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_updates          in gradient steps of actor and critic
     time/share_other            in evaluation, logging and checkpoints
 
-Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC); its temperature adapts, while equation 3 is
-derived with temperature 1; equation 5 in place of a network's output; rewards are scaled, not shifted.
+Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC); its temperature adapts, while equation 6 is
+derived with temperature 1; equation 8 in place of a network's output; rewards are scaled, not shifted.
 
-Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 1, 2: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
-(equations 3, 4: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
+Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
+(equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
 Gulrajani et al. 2017, arXiv 1704.00028 (the penalty); Haarnoja et al. 2018, SAC, arXiv 1812.05905.
 """
 
@@ -189,9 +197,9 @@ class Args:
 
     # Discriminator
     algo: Literal["gail", "airl", "control"] = "gail"
-    """what the policy is paid: equation 2, equation 3, or 1 for each step"""
+    """what the policy is paid: equation 5, equation 6, or 1 for each step"""
     absorbing: bool = True
-    """an ended episode goes on in an absorbing state: equations 5 and 6"""
+    """an ended episode goes on in an absorbing state: equations 8 and 9"""
     discriminator_every: int = 2
     """environment steps between gradient steps of the discriminator"""
     discriminator_learning_rate: float = 3e-4
@@ -652,7 +660,7 @@ class Step(NamedTuple):
 
 
 class Discriminator(nn.Module):
-    """h of equation 2, or g and Φ of equation 4."""
+    """h of equation 5, or g and Φ of equation 7."""
 
     spread: Tensor
 
@@ -673,7 +681,7 @@ class Discriminator(nn.Module):
         return Step(self.normaliser(obs), u, self.normaliser(next_obs), terminated[:, None])
 
     def score(self, step: Step) -> Tensor:
-        """h, or f of equation 4: what depends on the step alone (B,)."""
+        """h, or f of equation 7: what depends on the step alone (B,)."""
         found: Tensor = self.head(torch.cat([step.x, step.u], dim=-1))
         if self.airl:
             after = (1 - step.terminated) * self.potential(step.next_x)
@@ -687,7 +695,7 @@ class Discriminator(nn.Module):
         return score if self.airl else F.softplus(score)
 
     def absorbing_reward(self, logit: float | None) -> Tensor:
-        """Equation 5's state has one action, and so log π = 0 and f is the logit. None: nothing is paid there."""
+        """Equation 8's state has one action, and so log π = 0 and f is the logit. None: nothing is paid there."""
         return torch.zeros_like(self.spread) if logit is None else self.reward(self.spread.new_tensor(logit))
 
 
@@ -763,7 +771,7 @@ def train_discriminator(
     discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, expert: Transitions,
     policy: Transitions, weight: float,
 ) -> Tensor:  # fmt: skip
-    """One gradient step on equation 1 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
+    """One gradient step on equation 4 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
     steps, logits = [discriminator.steps(*each) for each in (expert, policy)], []
     for step, (obs, action, _, _) in zip(steps, (expert, policy), strict=True):
         with torch.no_grad():
@@ -785,7 +793,7 @@ def train_discriminator(
 
 
 class Absorption:
-    """How often the policy is in the absorbing state, over its last episodes; equation 5."""
+    """How often the policy is in the absorbing state, over its last episodes; equation 8."""
 
     def __init__(self, expert_share: float, limit: int):
         self.expert_share, self.limit, self.lengths = expert_share, limit, deque[int](maxlen=20)
@@ -806,7 +814,7 @@ class Absorption:
 
 @torch.no_grad()
 def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor | float) -> Tensor:
-    """Equations 2, 3 and 6 over their (running) spread (B,)."""
+    """Equations 5, 6 and 9 over their (running) spread (B,)."""
     step = discriminator.steps(*batch)
     reward = discriminator.reward(discriminator.score(step))
     discriminator.spread.lerp_(reward.std(), 0.01)

@@ -756,7 +756,7 @@ def imagined_returns(
         returns, alive = torch.zeros(N, device=obs.device), torch.ones(E, P // E * N, device=obs.device)
         for t in range(H):
             if args.propagation == "ts1":  # another member for each particle, and each member as many as before
-                dealt = torch.randperm(P, device=obs.device)
+                dealt = torch.rand(P, device=obs.device).argsort()  # not randperm, which a CUDA graph cannot hold
                 state, alive = state.view(P, N, -1)[dealt].view_as(state), alive.view(P, N)[dealt].view_as(alive)
             action = plans[:, t].repeat(P // E, 1).expand(E, -1, -1)
             step = mean_step if args.propagation == "expectation" else sample_step

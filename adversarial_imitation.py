@@ -31,6 +31,8 @@ Here r is what the discriminator says of a step:
 
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f is the expert's advantage and g
 a reward that could be used elsewhere. SAC is rewarded with f and not with f - log π: its entropy term is the -log π.
+So α is 1 (unless --alpha says otherwise) and f is not scaled; with a policy much narrower than that, log π alone would
+tell the two apart, and f would learn nothing.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
@@ -50,7 +52,7 @@ Pseudocode:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
         every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
             10 (|∇ logit| - 1)² between the two of them                               (the gradient penalty)
-        batch <- buffer, its rewards by equation 5 or 6 and 9, over their spread;  one step of SAC
+        batch <- buffer, its rewards by equation 5 (over their spread) or 6, and 9;  one step of SAC
 
 Usage:
 
@@ -78,7 +80,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/gradient_penalty     (|∇ logit| - 1)²
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
-    losses/reward_spread        standard deviation of equation 5 or 6, by which they are divided
+    losses/reward_spread        standard deviation of equation 5, by which it is divided; 1 for equation 6
     losses/absorbing_reward     r(a) of equations 8 and 9, before that
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
@@ -91,8 +93,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_updates          in gradient steps of actor and critic
     time/share_other            in evaluation, logging and checkpoints
 
-Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC); its temperature adapts, while equation 6 is
-derived with temperature 1; equation 8 in place of a network's output; rewards are scaled, not shifted.
+Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps
+instead of its own alone; equation 8 in place of a network's output; GAIL's rewards are scaled, not shifted.
 
 Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
 (equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
@@ -112,7 +114,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -206,6 +208,8 @@ class Args:
     """step size of Adam for the discriminator"""
     discriminator_units: int = 128
     """units of each of the two hidden layers of the discriminator"""
+    newest: int = 10_000
+    """the policy's last steps, which the discriminator is trained on: older ones are another policy's"""
     gradient_penalty: float = 10.0
     """weight of the gradient penalty"""
 
@@ -264,7 +268,7 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
 # Differs: the arguments do
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every max_episode_steps num_episodes total_timesteps num_envs eval_every"
-    one += " eval_episodes interim_episodes batch_size units discriminator_every discriminator_units"
+    one += " eval_episodes interim_episodes batch_size units discriminator_every discriminator_units newest"
     zero = "seed alpha gradient_penalty"
     two = {"initial_steps": 2, "buffer_size": 2}
     check_fields(args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | two)
@@ -814,17 +818,21 @@ class Absorption:
 
 @torch.no_grad()
 def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor | float) -> Tensor:
-    """Equations 5, 6 and 9 over their (running) spread (B,)."""
+    """Equations 5 and 9 over their (running) spread, 6 and 9 as they are (B,)."""
     step = discriminator.steps(*batch)
     reward = discriminator.reward(discriminator.score(step))
-    discriminator.spread.lerp_(reward.std(), 0.01)
+    if not discriminator.airl:
+        discriminator.spread.lerp_(reward.std(), 0.01)
     reward = reward + step.terminated[:, 0] * discriminator.gamma / (1 - discriminator.gamma) * absorbing
     return reward / discriminator.spread.clamp(min=1e-2)
 
 
 # Differs: there is no model, and the environment's reward is a secret
-def sample_batch(args: Args, buffer: ReplayBuffer, skip: int) -> Transitions:
-    rows = torch.randint(buffer.size, (args.batch_size,), device=buffer.obs.device)
+def sample_batch(args: Args, buffer: ReplayBuffer, skip: int, newest: int | None = None) -> Transitions:
+    """From the newest transitions only, or from all."""
+    among = min(newest or buffer.size, buffer.size)
+    rows = torch.randint(among, (args.batch_size,), device=buffer.obs.device)
+    rows = (buffer.position - 1 - rows) % buffer.capacity  # position is where the next one will go
     obs, next_obs = buffer.obs[rows][:, skip:], buffer.next_obs[rows][:, skip:]
     return obs, buffer.action[rows], next_obs, buffer.terminated[rows]
 
@@ -1193,7 +1201,8 @@ def main(args: Args) -> dict[str, float]:
     expert_steps = [column.to(device) for column in data.transitions()]
     require(len(expert_steps[0]) > 1, "the demonstrations are too short: nothing is known to follow anything")
 
-    agent = Agent(obs_dim, low, high, args)
+    temperature = 1.0 if args.algo == "airl" and args.alpha is None else args.alpha
+    agent = Agent(obs_dim, low, high, replace(args, alpha=temperature))
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     discriminator.normaliser.fit(expert_steps[0])
     optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
@@ -1239,7 +1248,7 @@ def main(args: Args) -> dict[str, float]:
                 if args.algo != "control" and number % args.discriminator_every == 0:
                     chosen = torch.randint(len(expert_steps[0]), (args.batch_size,), device=device)
                     obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
-                    batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip)
+                    batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
                     found = train_discriminator(discriminator, optimizer, agent.actor, *batches, args.gradient_penalty)
                     judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
                     watch.lap("time/share_discriminator")

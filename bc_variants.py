@@ -454,6 +454,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
     shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
+    whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
+    require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
     check_data({"observations": obs, "actions": action, "rewards": reward}, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
@@ -773,7 +775,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         fits = seen == obs_dim and weights["fc_mean.weight"].shape[0] == len(low)
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error!r})")
-    require(source == env_id and fits, f"--expert {path} was made for {source}, not for {env_id}")
+    require(source == env_id, f"--expert {path} was made for {source}, not for {env_id}")
+    require(
+        fits, f"--expert {path} sees {seen} dimensions and moves {len(weights['fc_mean.bias'])}: not those of {env_id}"
+    )
     actor = Actor(obs_dim, low.cpu(), high.cpu(), units)
     try:
         actor.load_state_dict({name: weight.view_as(actor.state_dict()[name]) for name, weight in weights.items()})

@@ -461,6 +461,7 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
+    bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
         z, angle = next_obs[..., skip], next_obs[..., skip + 1]
@@ -472,8 +473,8 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         total: Tensor = task._forward_reward_weight * (next_obs[..., 0] - obs[..., 0]) / task.dt
         total = total - task._ctrl_cost_weight * action.square().sum(-1)
-        if can_fall:
-            total = total + task._healthy_reward * (~unhealthy(next_obs))
+        if bonus:
+            total = total + bonus * (~unhealthy(next_obs))
         if contact_weight:
             forces = next_obs[..., 27 + skip :].clamp(*task._contact_force_range)
             total = total - contact_weight * forces.square().sum(-1)
@@ -691,7 +692,7 @@ class Ensemble(DynamicsModel):
 
 
 class GaussianEnsemble(DynamicsModel):
-    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood (equation 3)."""
+    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood."""
 
     outputs_per_target = 2  # mean and log-variance
 

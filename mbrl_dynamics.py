@@ -575,7 +575,7 @@ class Ensemble(DynamicsModel):
 
 
 class GaussianEnsemble(DynamicsModel):
-    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood (equation 3)."""
+    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood."""
 
     outputs_per_target = 2  # mean and log-variance
 

@@ -75,7 +75,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the executed plans promised for their horizon, mean over the evaluation
+    eval/predicted_return       what the last elites promised for their horizon, mean over the evaluation
     eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
@@ -303,7 +303,7 @@ def check_args(args: Args) -> None:
     require(not contrary, "--start uniform forgets the last plan: give --no-shift-plan with it")
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
-    check_data_paths(args.data, args.save_data)
+    check_data_paths(None if args.resume else args.data, args.save_data)
     if args.capture_video:
         require_package("moviepy", "--capture-video")
 
@@ -437,6 +437,7 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
+    bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
         z, angle = next_obs[..., skip], next_obs[..., skip + 1]
@@ -448,8 +449,8 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         total: Tensor = task._forward_reward_weight * (next_obs[..., 0] - obs[..., 0]) / task.dt
         total = total - task._ctrl_cost_weight * action.square().sum(-1)
-        if can_fall:
-            total = total + task._healthy_reward * (~unhealthy(next_obs))
+        if bonus:
+            total = total + bonus * (~unhealthy(next_obs))
         if contact_weight:
             forces = next_obs[..., 27 + skip :].clamp(*task._contact_force_range)
             total = total - contact_weight * forces.square().sum(-1)
@@ -741,7 +742,7 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            returns = returns + gamma**t * alive * reward
+            returns = returns + gamma**t * torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
             alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
             state = next_state
         found.append(returns.mean(dim=0))
@@ -810,7 +811,7 @@ class Planner:
         self.middle = ((low + high) / 2).expand(args.horizon, -1)  # (H, A): the plan of someone who knows nothing
         self.mean = self.middle.repeat(num_envs, 1, 1)  # (B, H, A)
         self.kept = self.middle.repeat(num_envs, int(args.keep_elites * args.num_elites), 1, 1)  # (B, n, H, A)
-        self.spreads: list[Tensor] = []
+        self.spread, self.plans = torch.zeros((), device=low.device), 0
 
     def reset(self, ended: np.ndarray) -> None:
         """Forget what was planned for the environments whose episode has ended."""
@@ -826,11 +827,11 @@ class Planner:
         if self.args.shift_plan:
             self.mean = shift(mean)
         self.kept = shift(elites[:, : self.kept.shape[1]])
-        self.spreads.append(spread)
+        self.spread, self.plans = self.spread + spread, self.plans + 1
         return action, promise
 
     def diagnostics(self) -> dict[str, float]:
-        return {"eval/elite_std": torch.stack(self.spreads).mean().item()}
+        return {"eval/elite_std": (self.spread / self.plans).item()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "kept": self.kept}
@@ -1267,7 +1268,8 @@ def main(args: Args) -> dict[str, float]:
     require(simulable or not args.true_dynamics, f"{words}; {args.env_id} is none")
 
     data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
-    first_steps = len(data["obs"]) if data else args.initial_steps
+    first_steps = checkpoint["progress"]["first_steps"] if checkpoint else args.initial_steps
+    first_steps = len(data["obs"]) if data else first_steps
     capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
     buffer = ReplayBuffer(
         max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity, obs_dim, action_dim, device

@@ -244,7 +244,7 @@ def check_args(args: Args) -> None:
     check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"initial_steps": 2})
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
-    check_data_paths(args.data, args.save_data)
+    check_data_paths(None if args.resume else args.data, args.save_data)
     if args.capture_video:
         require_package("moviepy", "--capture-video")
 
@@ -378,6 +378,7 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
+    bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
         z, angle = next_obs[..., skip], next_obs[..., skip + 1]
@@ -389,8 +390,8 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         total: Tensor = task._forward_reward_weight * (next_obs[..., 0] - obs[..., 0]) / task.dt
         total = total - task._ctrl_cost_weight * action.square().sum(-1)
-        if can_fall:
-            total = total + task._healthy_reward * (~unhealthy(next_obs))
+        if bonus:
+            total = total + bonus * (~unhealthy(next_obs))
         if contact_weight:
             forces = next_obs[..., 27 + skip :].clamp(*task._contact_force_range)
             total = total - contact_weight * forces.square().sum(-1)
@@ -682,7 +683,7 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            returns = returns + gamma**t * alive * reward
+            returns = returns + gamma**t * torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
             alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
             state = next_state
         found.append(returns.mean(dim=0))
@@ -1119,7 +1120,8 @@ def main(args: Args) -> dict[str, float]:
     require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
 
     data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
-    first_steps = len(data["obs"]) if data else args.initial_steps
+    first_steps = checkpoint["progress"]["first_steps"] if checkpoint else args.initial_steps
+    first_steps = len(data["obs"]) if data else first_steps
     capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
     buffer = ReplayBuffer(
         max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity, obs_dim, action_dim, device

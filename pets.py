@@ -52,7 +52,7 @@ Usage:
     python pets.py --resume RUN_DIR                 # go on exactly where it stopped
     python pets.py --resume RUN_DIR --eval-only     # the evaluation of that run again
 
-The paper's setting for HalfCheetah, eleven times the work at each step, is
+The paper's setting for HalfCheetah, nineteen times the work at each step, is
 
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
         --horizon 30 --cem-iterations 5 --steps-per-iteration 1_000 --num-iterations 300 --initial-steps 1_000
@@ -69,7 +69,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the executed plans promised for their horizon, mean over the evaluation
+    eval/predicted_return       what the last elites promised for their horizon, mean over the evaluation
     eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
@@ -81,7 +81,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
 
 Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; a fit is a number of
 gradient steps, not of epochs; the model sees angles as sine and cosine (the authors' code does so for the
-pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step of ts1, too.
+pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step of ts1, too, where
+all candidates share one draw of who goes where.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -286,7 +287,7 @@ def check_args(args: Args) -> None:
     require(args.propagation == "expectation" or args.num_particles % args.ensemble_size == 0, uneven)
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
-    check_data_paths(args.data, args.save_data)
+    check_data_paths(None if args.resume else args.data, args.save_data)
     if args.capture_video:
         require_package("moviepy", "--capture-video")
 
@@ -420,6 +421,7 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
+    bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
         z, angle = next_obs[..., skip], next_obs[..., skip + 1]
@@ -431,8 +433,8 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     def reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
         total: Tensor = task._forward_reward_weight * (next_obs[..., 0] - obs[..., 0]) / task.dt
         total = total - task._ctrl_cost_weight * action.square().sum(-1)
-        if can_fall:
-            total = total + task._healthy_reward * (~unhealthy(next_obs))
+        if bonus:
+            total = total + bonus * (~unhealthy(next_obs))
         if contact_weight:
             forces = next_obs[..., 27 + skip :].clamp(*task._contact_force_range)
             total = total - contact_weight * forces.square().sum(-1)
@@ -654,7 +656,7 @@ class DynamicsModel(nn.Module):
 
 
 class GaussianEnsemble(DynamicsModel):
-    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood (equation 3)."""
+    """Members that predict a Gaussian with diagonal covariance, trained by its likelihood."""
 
     outputs_per_target = 2  # mean and log-variance
 
@@ -764,7 +766,8 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            returns = returns + args.gamma**t * (alive * reward).view(P, N).mean(dim=0)
+            reward = torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
+            returns = returns + args.gamma**t * reward.view(P, N).mean(dim=0)
             alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
             state = next_state
         found.append(returns)
@@ -815,7 +818,7 @@ class Planner:
         self.search = compiled(cem, low.device) if args.compile else cem
         self.middle = ((low + high) / 2).expand(args.horizon, -1)  # (H, A): the plan of someone who knows nothing
         self.mean = self.middle.repeat(num_envs, 1, 1)  # (B, H, A)
-        self.spreads: list[Tensor] = []
+        self.spread, self.plans = torch.zeros((), device=low.device), 0
 
     def reset(self, ended: np.ndarray) -> None:
         """Forget what was planned for the environments whose episode has ended."""
@@ -828,11 +831,11 @@ class Planner:
         found = self.search(self.imagine, obs, self.mean, self.low, self.high, self.args)
         mean, promise, spread = (part.clone() for part in found)  # a CUDA graph overwrites its outputs
         self.mean = shift(mean)
-        self.spreads.append(spread)
+        self.spread, self.plans = self.spread + spread, self.plans + 1
         return mean[:, 0], promise
 
     def diagnostics(self) -> dict[str, float]:
-        return {"eval/elite_std": torch.stack(self.spreads).mean().item()}
+        return {"eval/elite_std": (self.spread / self.plans).item()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean}
@@ -1229,7 +1232,8 @@ def main(args: Args) -> dict[str, float]:
     require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
 
     data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
-    first_steps = len(data["obs"]) if data else args.initial_steps
+    first_steps = checkpoint["progress"]["first_steps"] if checkpoint else args.initial_steps
+    first_steps = len(data["obs"]) if data else first_steps
     capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
     buffer = ReplayBuffer(
         max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity, obs_dim, action_dim, device

@@ -116,7 +116,7 @@ def test_means_and_spreads_are_those_of_all_rows():
         normaliser.update(part)
     torch.testing.assert_close(normaliser.mean, x.double().mean(0))
     torch.testing.assert_close(normaliser.var, x.double().var(0, correction=0), rtol=1e-6, atol=0)
-    assert normaliser(x).abs().max() <= 10
+    assert normaliser(100 * x).abs().max() == 10
 
 
 def agent(**changes) -> a2c.ActorCritic:
@@ -204,7 +204,8 @@ def test_an_update_is_equations_1_to_3(entropy_weight):
 
 def test_switches_leave_alone_what_they_switch_off():
     off = dict(use_baseline=False, gae_lambda=None, normalize_obs=False, scale_rewards=False, num_envs=4)
-    mine = agent()
+    mine = agent(normalize_obs=False)
+    assert torch.equal(mine.policy.normaliser(torch.full((1, 3), 50.0)), torch.full((1, 3), 50.0))
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     a2c.update(mine, sgd(mine), batch(), a2c.Args(**off))
     changed = {name for name, value in mine.state_dict().items() if not torch.equal(value, before[name])}
@@ -262,12 +263,22 @@ def test_a_run_leaves_its_metrics_and_its_policy_says_the_same(tmp_path):
         env = gym.make("Pendulum-v1", max_episode_steps=15)
         obs, over, total = env.reset(seed=1_000_001 + episode)[0], False, 0.0
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(loaded.mode(torch.from_numpy(obs)[None])[0].numpy())
+            obs, reward, terminated, truncated, _ = env.step(
+                loaded.mode(torch.as_tensor(obs, dtype=torch.float64)[None])[0].numpy()
+            )
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
     assert np.mean(returns) == pytest.approx(result["eval/episodic_return"], rel=1e-5)
     loaded.normaliser = a2c.RunningNormaliser(3)  # without it the policy is another
     assert not torch.equal(loaded.mode(torch.ones(1, 3)), a2c.load_policy(str(policy)).mode(torch.ones(1, 3)))
+
+
+def test_a_policy_without_normaliser_is_saved_and_loaded(tmp_path):
+    path = tmp_path / "policy.pt"
+    result, _ = run(tiny(tmp_path, normalize_obs=False, save_policy=str(path)))
+    loaded = a2c.load_policy(str(path))
+    returns = a2c.run_episodes(loaded.mode, "Pendulum-v1", 2, 1_000_001, torch.device("cpu"), 15)[3]
+    assert returns.mean() == pytest.approx(result["eval/episodic_return"])
 
 
 @pytest.mark.parametrize(
@@ -326,6 +337,21 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path, monkeypat
     run_dir = next(Path(args.log_dir).iterdir())
     assert "non-finite losses/value_loss" in exit.value.code and str(run_dir / "checkpoint.pt") in exit.value.code
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 24
+
+
+def test_weights_that_diverged_in_the_last_step_are_not_saved(tmp_path):
+    """The losses of a batch are those before its gradient steps."""
+    args = tiny(tmp_path, total_timesteps=8, batch_size=8, learning_rate=1e38, anneal=False, checkpoint_every=8)
+    with pytest.raises(SystemExit) as exit:
+        a2c.main(args)
+    assert "non-finite weights" in exit.value.code
+    assert not list(Path(args.log_dir).glob("*/checkpoint.pt"))
+
+
+def test_without_a_baseline_nothing_is_said_of_the_critic(tmp_path):
+    _, run_dir = run(tiny(tmp_path, use_baseline=False, gae_lambda=None))
+    tags = {row[1] for row in logged(run_dir)}
+    assert "losses/policy_loss" in tags and not tags & {"losses/value_loss", "losses/explained_variance"}
 
 
 def test_the_step_size_falls_to_nothing(tmp_path):

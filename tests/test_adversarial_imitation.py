@@ -200,15 +200,35 @@ def test_shares_of_the_absorbing_state():
 
 
 def test_transitions_follow_each_other_within_an_episode():
-    """Rows of episodes that ran side by side, as run_episodes gives them; the second one ended early."""
+    """Rows of episodes that ran side by side, as run_episodes gives them; the second one was shorter."""
     episode = torch.tensor([0, 1, 0, 1, 0, 0])
     obs = torch.tensor([0.0, 10, 1, 11, 2, 3])[:, None]
     data = adv.Demonstrations(obs, obs + 0.5, episode, 1.0)
-    found = data.transitions()
-    assert found[0][:, 0].tolist() == [0, 1, 2, 10] and found[2][:, 0].tolist() == [1, 2, 3, 11]
-    assert found[1][:, 0].tolist() == [0.5, 1.5, 2.5, 10.5] and found[3].tolist() == [0] * 4
-    assert data.absorbed(4) == pytest.approx(2 / 8) and data.absorbed(3) == pytest.approx(1 / 6)
-    assert data.absorbed(2) == pytest.approx(1 / 4), "at least one step of them all"
+    found = data.transitions(limit=4, ordered=True)  # episode 0 reached the limit, episode 1 ended before
+    assert found[0][:, 0].tolist() == [0, 1, 2, 10, 11] and found[2][:3, 0].tolist() == [1, 2, 3]
+    assert found[2][3].item() == 11 and found[3].tolist() == [0, 0, 0, 0, 1]
+    assert found[1][:, 0].tolist() == [0.5, 1.5, 2.5, 10.5, 11.5]
+    assert data.transitions(2, True)[0][:, 0].tolist() == [0, 1, 2, 10]
+    assert data.absorbed(4, True) == pytest.approx(2 / 8) and data.absorbed(3, True) == pytest.approx(1 / 6)
+    assert data.absorbed(2, True) == pytest.approx(1 / 4), "at least one step of them all"
+    unordered = adv.Demonstrations(obs, obs + 0.5, torch.zeros(6), 1.0)
+    found = unordered.transitions(10, ordered=False)
+    assert found[0].shape == (6, 1) and found[3].sum() == 0
+    assert unordered.absorbed(10, ordered=False) == pytest.approx(1 / 10), "not an early end"
+
+
+def test_the_discriminators_optimum_is_one_for_the_absorbing_state_and_all_others():
+    """On a fixed batch of the same steps for both, only how long they live tells expert from policy."""
+    judge, rows = discriminator("gail"), batch(64)
+    optimizer = torch.optim.Adam(judge.parameters(), 3e-3)
+    actor = adv.Actor(3, LOW, HIGH, 8)
+    for _ in range(400):
+        adv.train_discriminator(judge, optimizer, actor, rows, rows, 0.0, (0.9, 0.3))
+    torch.testing.assert_close(judge.score(judge.steps(*rows)).mean().item(), math.log(0.9 / 0.3), rtol=0, atol=0.05)
+    # So it is with equation 8's, of what is left: all of it together is one discriminator.
+    absorption = adv.Absorption(expert_share=0.1, limit=10)
+    absorption.lengths.append(3)
+    assert absorption.logit() == pytest.approx(math.log(0.1 / 0.7)) and absorption.policy_share() == pytest.approx(0.7)
 
 
 def test_the_newest_steps_are_the_newest_even_when_the_buffer_has_gone_round():
@@ -366,8 +386,9 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
         ({"expert": __file__}, "is no actor of mbpo_sac.py"),
         ({"env_id": "Hopper-v5", "expert": "{tmp}/Pendulum-v1.pt"}, "was made for Pendulum-v1, not for Hopper-v5"),
         ({"data": "nothing.pt"}, "there is no such file"),
-        ({"data": "{tmp}/plain.pt", "algo": "airl"}, "AIRL needs to know which steps follow each other"),
+        ({"data": "{tmp}/plain.pt", "algo": "airl"}, "does not tell episodes apart, and AIRL needs to know"),
         ({"data": "{tmp}/short.pt"}, "observations must be (N, 3), N > 1"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
         ({"eval_only": True}, "--eval-only needs --resume"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),
         ({"target_entropy": math.inf}, "--target-entropy"),

@@ -79,6 +79,22 @@ def test_weights_are_read_from_the_environment():
     assert rs.known_formulas(env)[0](obs, action, obs).item() == pytest.approx(7.0 - 3.0)
 
 
+def test_a_hopper_that_may_lie_down_is_still_paid_for_standing():
+    env = gym.make("Hopper-v5", exclude_current_positions_from_observation=False, terminate_when_unhealthy=False)
+    obs, _ = env.reset(seed=0)
+    env.action_space.seed(0)
+    reward, over = rs.known_formulas(env)
+    paid = set()
+    for _ in range(60):
+        action = env.action_space.sample()
+        next_obs, expected, terminated, _, info = env.step(action)
+        step = [torch.as_tensor(each, dtype=torch.float64) for each in (obs, action, next_obs)]
+        assert reward(*step).item() == pytest.approx(float(expected), abs=1e-6) and not terminated and not over(step[2])
+        paid.add(info["reward_survive"])
+        obs = next_obs
+    assert paid == {0.0, 1.0}
+
+
 def test_an_environment_without_formulas_is_learned():
     assert rs.known_formulas(rs.make_env("Pendulum-v1")) is None
     assert rs.known_formulas(rs.make_env("Humanoid-v5")) is None
@@ -460,6 +476,33 @@ def test_data_and_learned_reward_of_any_environment(script, tmp_path):
     _, run_dir = run(script, tiny(script, tmp_path / "b", data=file))
     buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
     assert len(buffer["obs"]) == 100 and len(buffer["episode"].unique()) > 4
+    Path(file).unlink()  # what was read lies in the checkpoint
+    longer = script.parse_args(["--resume", str(run_dir), "--num-iterations", "3"])
+    script.main(longer)
+    assert len(torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["obs"]) == 120
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_blows_up_after_the_end_of_an_episode_is_no_matter(script):
+    """The second step ends it; the third would be paid infinity."""
+
+    class Model(torch.nn.Module):
+        ensemble_size = 1
+
+        def predict(self, obs, action):
+            return obs + 1, None, None
+
+    formulas = (
+        lambda o, a, n: torch.where(n[..., 0] > 2.5, torch.inf, n[..., 0]),
+        lambda n: n[..., 0] > 1.5,
+    )
+    plans = torch.zeros(1, 2, 4, 1)
+    if script is pets:
+        args = pets.Args(propagation="expectation")
+        found = pets.imagined_returns(Model(), formulas, args, torch.zeros(1, 1), plans)
+    else:
+        found = script.imagined_returns(Model(), formulas, 1.0, torch.zeros(1, 1), plans)
+    assert found.tolist() == [[3.0, 3.0]]
 
 
 @pytest.mark.parametrize("env_id", ["envs:Obstacles-v0", "HalfCheetah-v5"])

@@ -559,8 +559,8 @@ STUDIES: tuple[Study, ...] = (
     ),
     Study(
         name="sac-mbpo",
-        title="SAC and MBPO on HalfCheetah-v5",
-        shows="What a model saves in environment steps, and what it costs in time.",
+        title="SAC, MBPO and A2C on HalfCheetah-v5",
+        shows="What a model saves in environment steps and what it costs in time; and what on-policy data cost.",
         runs=(
             Run(
                 name="sac",
@@ -578,6 +578,13 @@ STUDIES: tuple[Study, ...] = (
                 reported="≈ 10,000 near 150–200k steps with 40 updates a step",
                 target="≥ 9635 at ≤ 150k steps",
             ),
+            Run(
+                name="a2c",
+                command="python a2c.py --env-id HalfCheetah-v5",
+                minutes=2.5,
+                label="A2C",
+                exp_name="a2c-halfcheetah",
+            ),
         ),
         panels=(
             return_panel("By environment steps", reported=(Reported("SAC at 1M", 9635, "CleanRL"),)),
@@ -587,6 +594,7 @@ STUDIES: tuple[Study, ...] = (
                 x_label="minutes",
                 y_label="evaluation return",
                 title="By time, one core",
+                log_x=True,
             ),
         ),
         columns=(

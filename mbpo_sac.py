@@ -56,6 +56,9 @@ imagined steps, a fixed number of updates after each 5,000 steps) is
         --activation tanh --model-every 5_000 --update-every 5_000 --utd-ratio 1 --rollouts-per-step 1 \
         --batch-size 1_500 --alpha 0.1 --patience None --max-train-steps 1_500 --no-wrap-angles
 
+Expect of SAC on HalfCheetah-v5 4,500 after 100,000 steps, 8,500 after 600,000 and 10,400 after a million (one seed, 2.7
+hours on one core of a server from 2023 with bfloat16 products).
+
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
 more outputs of the ensemble (`--reward learned`: always, as in the paper for the reward). The policy sees the standard

@@ -61,7 +61,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/policy_loss          equation 1's loss, of the last batch, as are the following
     losses/value_loss           equation 3 before its gradient steps, in units of the scaled rewards (with a baseline)
     losses/entropy              of the policy, in nats
-    losses/explained_variance   1 - var(target - V) / var(target); 1: the critic knows it all, 0: nothing (so, too)
+    losses/explained_variance   1 - var(target - V) / var(target); 1: the critic knows it all (with a baseline)
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environments
     time/share_updates          in advantages and gradient steps

@@ -833,7 +833,7 @@ class Absorption:
 
 
 @torch.no_grad()
-def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor | float) -> Tensor:
+def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor) -> Tensor:
     """Equations 5 and 9 over their (running) spread, 6 and 9 as they are (B,)."""
     step = discriminator.steps(*batch)
     reward = discriminator.reward(discriminator.score(step))

@@ -39,7 +39,7 @@ Pseudocode:
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
         fit the ensemble on the whole buffer by equation 1 (train_steps gradient steps, see mbrl_dynamics.py)
-        evaluate: whole episodes, side by side, on fresh seeds
+        evaluate, every eval_every steps: whole episodes, side by side, on fresh seeds
         for steps_per_iteration steps, except after the last iteration:
             μ <- last step's, shifted by one;  σ <- start_std
             for i = 1 .. cem_iterations:  equations 3, 2, 4, for all environments, particles and candidates at once
@@ -55,7 +55,7 @@ Usage:
 The paper's setting for HalfCheetah, nineteen times the work at each step, is
 
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
-        --horizon 30 --cem-iterations 5 --steps-per-iteration 1_000 --num-iterations 300 --initial-steps 1_000
+        --horizon 30 --cem-iterations 5 --num-iterations 300 --initial-steps 1_000
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -167,10 +167,12 @@ class Args:
     """environments stepped in parallel"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
-    steps_per_iteration: int = 5_000
+    steps_per_iteration: int = 1_000
     """environment steps of the planner between two fits of the model"""
-    num_iterations: int = 10
-    """how often the model is fitted and evaluated; data is collected in between"""
+    num_iterations: int = 46
+    """how often the model is fitted; data is collected in between"""
+    eval_every: int = 5_000
+    """steps between evaluations"""
     eval_episodes: int = 10
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 2
@@ -195,7 +197,7 @@ class Args:
     """known: by formula (the environment's batch_reward, batch_terminated); learned: predicted; auto: known if it is"""
 
     # Training
-    train_steps: int = 5_000
+    train_steps: int = 1_000
     """gradient steps per fit of the model"""
     batch_size: int = 256
     """samples in the batch of each gradient step (and of each member)"""
@@ -276,7 +278,7 @@ def check_data_paths(data: str | None, save_data: str | None) -> None:
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every num_envs ensemble_size num_layers hidden_size train_steps batch_size horizon"
     one += " steps_per_iteration num_iterations eval_episodes interim_episodes num_candidates max_episode_steps"
-    one += " cem_iterations num_particles"
+    one += " cem_iterations num_particles eval_every"
     other = {"seed": 0, "weight_decay": 0, "input_noise": 0, "initial_steps": 2, "num_elites": 2}
     check_fields(args, dict.fromkeys(one.split(), 1) | other)
     require(0 < args.cem_alpha <= 1, f"--cem-alpha must lie in (0, 1], got {args.cem_alpha}")
@@ -1199,7 +1201,8 @@ def collect(
         if envs.finished:
             mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
             log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, buffer.size)
-            bar.set_postfix({"return": f"{mean_return:.0f}"})
+        if log.history["charts/episodic_return"]:
+            bar.set_postfix({"return": f"{log.history['charts/episodic_return'][-1][1]:.0f}"}, refresh=False)
         bar.update(args.num_envs)
         checkpointer.step(due=buffer.size % args.checkpoint_every < args.num_envs)
     bar.close()
@@ -1282,7 +1285,9 @@ def main(args: Args) -> dict[str, float]:
             iteration, last = progress["iteration"], progress["iteration"] >= args.num_iterations - 1
             fit_model(args, model, optimizer, buffer, log, checkpointer)
             refresh(fast, model)
-            if not progress["evaluated"]:
+            collected = iteration * args.steps_per_iteration
+            due = last or collected % args.eval_every < args.steps_per_iteration
+            if due and not progress["evaluated"]:
                 checkpointer.save()
                 video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
                 episodes = args.eval_episodes if last else args.interim_episodes
@@ -1295,11 +1300,9 @@ def main(args: Args) -> dict[str, float]:
                 checkpointer.save()
             if last:
                 break
-            target = progress["first_steps"] + (iteration + 1) * args.steps_per_iteration
+            target = progress["first_steps"] + collected + args.steps_per_iteration
             collect(args, envs, buffer, planner, target, log, checkpointer)
-            log.scalars(
-                novelty(model, buffer, progress["first_steps"] + iteration * args.steps_per_iteration), buffer.size
-            )
+            log.scalars(novelty(model, buffer, progress["first_steps"] + collected), buffer.size)
             progress.update(iteration=iteration + 1, fit_step=0, evaluated=False)
         if args.save_data:
             save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})

@@ -15,9 +15,11 @@ import mpc_random_shooting as rs
 import pets
 
 SCRIPTS = [rs, cem, pets]
-TINY = dict(num_envs=2, initial_steps=60, steps_per_iteration=20, num_iterations=2, train_steps=10, ensemble_size=2)
+TINY = dict(num_envs=2, initial_steps=60, steps_per_iteration=20, num_iterations=2, train_steps=10, eval_every=20)
 TINY |= dict(num_layers=1, hidden_size=8, batch_size=32, horizon=4, num_candidates=20, eval_episodes=2)
-TINY |= dict(interim_episodes=1, max_episode_steps=15, num_threads=1, cuda=False, planner_dtype="float32")
+TINY |= dict(
+    ensemble_size=2, interim_episodes=1, max_episode_steps=15, num_threads=1, cuda=False, planner_dtype="float32"
+)
 
 
 def tiny(script, tmp_path: Path, **changes: object):
@@ -466,6 +468,15 @@ def test_stopped_while_evaluating_or_acting_and_resumed_equals_never_stopped(scr
     script.main(script.parse_args(["--resume", str(run_dir)]))
     one, two = model_state(whole), model_state(run_dir)
     assert all(torch.equal(one[name], two[name]) for name in one) and logged(run_dir) == logged(whole)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluations_come_every_so_many_steps_and_at_the_end(script, tmp_path):
+    _, run_dir = run(script, tiny(script, tmp_path, num_iterations=6, eval_every=50, train_steps=1))
+    evaluated = [int(step) for step, tag, _ in logged(run_dir) if tag == "eval/episodic_return"]
+    fitted = [int(step) for step, tag, _ in logged(run_dir) if tag == "model/train_loss"]
+    assert sorted(fitted) == [60, 80, 100, 120, 140, 160]
+    assert sorted(evaluated) == [60, 120, 160], "after 0, 60 (the first fit after 50) and, the last, 100 steps"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

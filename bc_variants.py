@@ -17,13 +17,14 @@ An expert's observations and actions are given; learn π(a|s) from them as in su
 express decides what it makes of an expert who does now this, now that in the same place: the mean of two good actions
 may be a bad one. With x the standardised observation and u the action scaled to [-1, 1]:
 
-    mse             u = f(x)                                     Σ (f(x) - u)²                                      (1)
+    mse             u = f(x) = tanh(..)                          Σ (f(x) - u)²                                      (1)
     gaussian        u = tanh(z),  z ~ N(μ(x), σ(x)²)             -log N(atanh u) + Σ log(1 - u²)                    (2)
     gmm             u ~ Σ_k w_k(x) N(μ_k(x), σ_k(x)²)            -log Σ_k w_k N_k(u)                                (3)
     diffusion       u_T ~ N(0, I), then T steps of denoising     Σ (û(x, √ᾱ_t u + √(1-ᾱ_t) ε, t) - u)²              (4)
     autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i log p(bin of u_i | x, u_1 .. u_i-1)           (5)
 
-mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
+f, μ_k and û end in a tanh: experts saturate, and a function that is flat there has no need to learn how flat. mse
+averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
 the most likely component or bin, denoising with the noise it began with), or a sample with `--sample`.
 
 All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
@@ -185,8 +186,8 @@ class Args:
     """share of the transitions held out, in whole episodes, to measure the model on"""
     stop_after: int | None = None
     """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
-    ema_decay: float | None = None
-    """the policy that acts is a running mean of the weights with this decay; None: 0.999 for diffusion, else 0"""
+    ema_decay: float = 0.999
+    """the policy that acts is a running mean of the weights with this decay; 0: the weights as they are"""
     eval_every: int = 5_000
     """steps between evaluations"""
     eval_episodes: int = 20
@@ -236,8 +237,7 @@ def check_args(args: Args) -> None:
     check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"denoising_steps": 2, "num_bins": 2})
     require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie in (0, 1), got {args.holdout_ratio}")
     require(0 <= args.dagger_beta <= 1, f"--dagger-beta must lie in [0, 1], got {args.dagger_beta}")
-    decay = args.ema_decay
-    require(decay is None or 0 <= decay < 1, f"--ema-decay must lie in [0, 1), got {decay}")
+    require(0 <= args.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {args.ema_decay}")
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
     require(args.data is None or args.minari_id is None, "--data and --minari-id are two sources: give one of them")
     if args.data is not None and args.resume is None:
@@ -621,11 +621,10 @@ class MSE(Policy):
         self.net = make_mlp(obs_dim, len(low), args)
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
-        return (self.net(x) - u).square().sum(dim=-1)
+        return (torch.tanh(self.net(x)) - u).square().sum(dim=-1)
 
     def decide(self, x: Tensor, sample: bool) -> Tensor:
-        found: Tensor = self.net(x)
-        return found
+        return torch.tanh(self.net(x))
 
 
 class Gaussian(Policy):
@@ -661,7 +660,7 @@ class Gaussian(Policy):
 class GMM(Policy):
     """Equation 3. A least spread keeps the likelihood finite where the expert repeats itself to the digit."""
 
-    LEAST_STD = 1e-2
+    LEAST_STD = 0.1
 
     def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
         super().__init__(obs_dim, low, high, args)
@@ -672,7 +671,10 @@ class GMM(Policy):
         logits, rest = self.net(x).split([self.components, 2 * self.components * self.action_dim], dim=-1)
         mean, spread = rest.view(-1, self.components, 2 * self.action_dim).chunk(2, dim=-1)  # (B, K, A)
         std = self.LEAST_STD + F.softplus(spread)
-        choice, component = Categorical(logits=logits, validate_args=False), Normal(mean, std, validate_args=False)
+        choice, component = (
+            Categorical(logits=logits, validate_args=False),
+            Normal(torch.tanh(mean), std, validate_args=False),
+        )
         return MixtureSameFamily(choice, Independent(component, 1), validate_args=False)  # check_losses does
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
@@ -688,7 +690,7 @@ class GMM(Policy):
 
 
 class Diffusion(Policy):
-    """Equation 4: noise becomes an action in T steps. The network predicts the clean action, which is clipped."""
+    """Equation 4: noise becomes an action in T steps. The network predicts the clean action."""
 
     alpha_bar: Tensor
 
@@ -703,8 +705,7 @@ class Diffusion(Policy):
         self.register_buffer("alpha_bar", torch.cat([torch.ones(1), (1 - betas).cumprod(0).float()]))  # ᾱ_0 .. ᾱ_T
 
     def clean(self, x: Tensor, noisy: Tensor, t: Tensor) -> Tensor:  # t (B,) in 1 .. T
-        found: Tensor = self.net(torch.cat([x, noisy, F.one_hot(t - 1, self.steps).to(x)], dim=-1))
-        return found
+        return torch.tanh(self.net(torch.cat([x, noisy, F.one_hot(t - 1, self.steps).to(x)], dim=-1)))
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
         t = torch.randint(1, self.steps + 1, (len(x),), device=x.device)
@@ -715,7 +716,7 @@ class Diffusion(Policy):
     def decide(self, x: Tensor, sample: bool) -> Tensor:
         u = torch.randn(len(x), self.action_dim, device=x.device)
         for step in range(self.steps, 0, -1):
-            guess = self.clean(x, u, torch.full((len(x),), step, device=x.device)).clamp(-1, 1)
+            guess = self.clean(x, u, torch.full((len(x),), step, device=x.device))
             now, before = self.alpha_bar[step], self.alpha_bar[step - 1]
             if not sample:  # DDIM: the same noise, less of it; without added noise the line below would average modes
                 noise = (u - now.sqrt() * guess) / (1 - now).sqrt()
@@ -1125,7 +1126,6 @@ def main(args: Args) -> dict[str, float]:
 
     policy = VARIANTS[args.variant](obs_dim, low, high, args).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    decay = args.ema_decay if args.ema_decay is not None else 0.999 if args.variant == "diffusion" else 0.0
     average, best = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
@@ -1158,7 +1158,7 @@ def main(args: Args) -> dict[str, float]:
                 progress["fit_step"] = step = progress["fit_step"] + 1
                 loss = train_batch(policy, optimizer, obs, action, args.batch_size)
                 with torch.no_grad():
-                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - decay)
+                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - args.ema_decay)
                 durations.append(time.perf_counter() - begin)
                 bar.update()
                 due, save = (

@@ -21,7 +21,7 @@ may be a bad one. With x the standardised observation and u the action scaled to
     gaussian        u = tanh(z),  z ~ N(μ(x), σ(x)²)             -log N(atanh u) + Σ log(1 - u²)                    (2)
     gmm             u ~ Σ_k w_k(x) N(μ_k(x), σ_k(x)²)            -log Σ_k w_k N_k(u)                                (3)
     diffusion       u_T ~ N(0, I), then T steps of denoising     Σ (û(x, √ᾱ_t u + √(1-ᾱ_t) ε, t) - u)²              (4)
-    autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i log p(bin of u_i | x, u_1 .. u_i-1)           (5)
+    autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i Σ_b share_b(u_i) log p(b | x, u_1 .. u_i-1)   (5)
 
 f, μ_k and û end in a tanh: experts saturate, and a function that is flat there has no need to learn how flat. mse
 averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
@@ -733,36 +733,43 @@ class Diffusion(Policy):
 class Autoregressive(Policy):
     """Equation 5: one network per dimension, all of them in one batched product, each seeing the dimensions before it.
 
-    The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there.
+    The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there. An action
+    between two centres belongs to both in such shares that their mean is the action itself, and so a few bins will do.
+    The best action is the mean of the likeliest bin and its neighbours.
     """
 
     mask: Tensor
+    centres: Tensor
 
     def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
         super().__init__(obs_dim, low, high, args)
-        A, self.bins = len(low), args.num_bins
-        self.nets = StackedMLP(A, [obs_dim + A, *[args.hidden_size] * args.num_layers, self.bins], args.activation)
+        A, bins = len(low), args.num_bins
+        self.nets = StackedMLP(A, [obs_dim + A, *[args.hidden_size] * args.num_layers, bins], args.activation)
         self.register_buffer("mask", torch.tril(torch.ones(A, A), diagonal=-1)[:, None])  # (A, 1, A): the ones before
+        self.register_buffer("centres", torch.linspace(-1, 1, bins))
 
-    def encode(self, u: Tensor) -> Tensor:
-        return ((u + 1) / 2 * (self.bins - 1)).round().long()
+    def shares(self, u: Tensor) -> Tensor:  # (..) -> (.., bins)
+        distance = (u[..., None] - self.centres).abs() * (len(self.centres) - 1) / 2  # in bins
+        return (1 - distance).clamp(min=0)
 
-    def decode(self, index: Tensor) -> Tensor:
-        return 2 * index / (self.bins - 1) - 1
-
-    def logits(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (A, B, bins)
-        return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), u * self.mask], dim=-1))
+    def log_probs(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (A, B, bins)
+        return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), u * self.mask], dim=-1)).log_softmax(dim=-1)
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
-        index = self.encode(u)  # (B, A)
-        logits = self.logits(x, self.decode(index))
-        return F.cross_entropy(logits.flatten(0, 1), index.T.flatten(), reduction="none").view(-1, len(x)).sum(dim=0)
+        return -(self.shares(u).transpose(0, 1) * self.log_probs(x, u)).sum(dim=(0, 2))
 
     def decide(self, x: Tensor, sample: bool) -> Tensor:
-        u = torch.zeros(len(x), self.action_dim, device=x.device)
+        u, bins = (
+            torch.zeros(len(x), self.action_dim, device=x.device),
+            torch.arange(len(self.centres), device=x.device),
+        )
         for i in range(self.action_dim):
-            logits = self.logits(x, u)[i]
-            u[:, i] = self.decode(Categorical(logits=logits).sample() if sample else logits.argmax(dim=-1))
+            p = self.log_probs(x, u)[i].exp()  # (B, bins)
+            if sample:
+                u[:, i] = self.centres[p.multinomial(1)[:, 0]]
+            else:
+                p = p * ((bins - p.argmax(dim=-1, keepdim=True)).abs() <= 1)
+                u[:, i] = p @ self.centres / p.sum(dim=-1)
         return u
 
 

@@ -103,16 +103,32 @@ def test_the_autoregressive_probabilities_sum_to_one_and_see_only_what_came_befo
     x, centres = torch.randn(1, 3), torch.linspace(-1, 1, 6)
     grid = torch.cartesian_prod(centres, centres)  # every action there is
     assert (-policy.error(x.expand(36, -1), grid)).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
-    torch.testing.assert_close(policy.decode(policy.encode(centres)), centres)
-    assert policy.decode(policy.encode(torch.tensor([-1.0, 1.0, 0.93]))).tolist() == [-1.0, 1.0, 1.0]
-    one, other = policy.logits(x, torch.tensor([[0.2, 0.9]])), policy.logits(x, torch.tensor([[0.2, -0.9]]))
+    u = torch.tensor([-1.0, 0.93, 0.1, 1.0])
+    torch.testing.assert_close(policy.shares(u) @ centres, u), torch.testing.assert_close(policy.shares(u).sum(1), u**0)
+    assert (policy.shares(u) > 0).sum(1).max() == 2, "the two centres around it"
+    between = 0.25 * policy.error(x, grid[[1]]) + 0.75 * policy.error(x, grid[[2]])  # of the last dimension's centres
+    torch.testing.assert_close(policy.error(x, 0.25 * grid[[1]] + 0.75 * grid[[2]]), between)
+    one, other = policy.log_probs(x, torch.tensor([[0.2, 0.9]])), policy.log_probs(x, torch.tensor([[0.2, -0.9]]))
     assert torch.equal(one, other), "the last dimension is seen by none"
-    third = policy.logits(x, torch.tensor([[-0.7, 0.9]]))
+    third = policy.log_probs(x, torch.tensor([[-0.7, 0.9]]))
     assert torch.equal(one[0], third[0]) and not torch.allclose(one[1], third[1])
-    greedy = policy.decide(x, False)[0]
-    first = policy.logits(x, torch.zeros(1, 2))[0, 0].argmax()
-    second = policy.logits(x, torch.tensor([[centres[first], 0.0]]))[1, 0].argmax()
-    torch.testing.assert_close(greedy, torch.stack([centres[first], centres[second]]))
+    policy.nets.weights[0].data *= 10  # so that what came before matters
+    many = torch.randn(20, 3)
+    decided = policy.decide(many, False)
+    again = policy.log_probs(many, decided)[1].exp()
+    near = again * ((torch.arange(6) - again.argmax(1, keepdim=True)).abs() <= 1)
+    torch.testing.assert_close(decided[:, 1], near @ centres / near.sum(1))
+
+
+def test_the_best_bin_is_averaged_with_its_neighbours_and_with_no_other():
+    policy = small("autoregressive", num_bins=5)  # centres -1, -0.5, 0, 0.5, 1
+    for weight, bias in zip(policy.nets.weights, policy.nets.biases, strict=True):
+        torch.nn.init.zeros_(weight), torch.nn.init.zeros_(bias)
+    policy.nets.biases[-1].data[:] = torch.tensor([0.1, 0.5, 0.1, 0.01, 0.29]).log()
+    expected = (-1 * 0.1 - 0.5 * 0.5) / 0.7
+    torch.testing.assert_close(policy.decide(torch.randn(4, 3), False), torch.full((4, 2), expected))
+    sampled = policy.decide(torch.randn(4_000, 3), True)
+    assert (sampled == 1).float().mean().item() == pytest.approx(0.29, abs=0.03)
 
 
 def test_the_noise_schedule():

@@ -137,7 +137,7 @@ class Args:
     eval_only: bool = False
     """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
     save_policy: str | None = None
-    """file to write the actor to at the end, as an expert for the imitation scripts; not with --eval-only"""
+    """file to write the trained policy to at the end"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None
@@ -891,6 +891,8 @@ def main(args: Args) -> dict[str, float]:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, agent.policy, args.eval_episodes, device, video)
             print(f"{run_dir}: {describe(again, returns)}")
+            if args.save_policy:
+                save_policy(Path(args.save_policy), args, agent.policy, again)
             return again
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: device {device}", flush=True)

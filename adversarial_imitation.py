@@ -166,7 +166,7 @@ class Args:
     eval_only: bool = False
     """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
     save_policy: str | None = None
-    """file to write the actor to at the end, as an expert for the imitation scripts; not with --eval-only"""
+    """file to write the trained policy to at the end"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None
@@ -1241,6 +1241,8 @@ def main(args: Args) -> dict[str, float]:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)
             print(f"{run_dir}: {describe(again, returns)}; {again['eval/expert_fraction']:.2f} of the expert's")
+            if args.save_policy:
+                save_policy(Path(args.save_policy), args, agent, again)
             return again
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(expert_steps[0])} transitions", flush=True)

@@ -314,6 +314,7 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     assert json.loads((run_dir / "result.json").read_text()) == result
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     (tmp_path / "Pendulum-v1.pt").unlink()  # the demonstrations lie in the checkpoint
+    policy.unlink()  # written again below
     again = adv.main(adv.parse_args(["--resume", str(run_dir), "--eval-only"]))
     assert again == {name: value for name, value in result.items() if name != "minutes"}
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before

@@ -174,21 +174,23 @@ class Args:
     """act by samples in evaluation and DAgger instead of the mode"""
 
     # Training
-    train_steps: int = 20_000
+    train_steps: int = 40_000
     """gradient steps per fit of the model"""
-    batch_size: int = 512
+    batch_size: int = 256
     """samples in the batch of each gradient step (and of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
     """L2 penalty on the weights, through Adam"""
+    input_noise: float = 0.01
+    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
     holdout_ratio: float = 0.1
     """share of the transitions held out, in whole episodes, to measure the model on"""
     stop_after: int | None = None
     """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
     ema_decay: float = 0.999
     """the policy that acts is a running mean of the weights with this decay; 0: the weights as they are"""
-    eval_every: int = 5_000
+    eval_every: int = 10_000
     """steps between evaluations"""
     eval_episodes: int = 20
     """episodes of the last evaluation, side by side"""
@@ -233,7 +235,7 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every max_episode_steps num_episodes dagger_episodes num_layers hidden_size"
     one += " num_components train_steps batch_size stop_after eval_every eval_episodes interim_episodes"
-    zero = dict.fromkeys(("seed", "dagger_rounds", "weight_decay"), 0)
+    zero = dict.fromkeys(("seed", "dagger_rounds", "weight_decay", "input_noise"), 0)
     check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"denoising_steps": 2, "num_bins": 2})
     require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie in (0, 1), got {args.holdout_ratio}")
     require(0 <= args.dagger_beta <= 1, f"--dagger-beta must lie in [0, 1], got {args.dagger_beta}")
@@ -836,10 +838,13 @@ def run_episodes(
     return torch.cat(seen), torch.cat(done), torch.cat(numbers).to(device), returns, float(np.median(seconds))
 
 
-def train_batch(policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, action: Tensor, size: int) -> Tensor:
-    """One gradient step on a batch from obs (N, D) and action (N, A)."""
+def train_batch(
+    policy: Policy, optimizer: torch.optim.Optimizer, obs: Tensor, action: Tensor, size: int, input_noise: float
+) -> Tensor:
+    """One gradient step on a batch from obs (N, D) and action (N, A), seen a little blurred."""
     index = torch.randint(len(obs), (size,), device=obs.device)
-    loss = policy.loss(obs[index], action[index])
+    noise = input_noise * policy.normaliser.std * torch.randn(size, obs.shape[1], device=obs.device)
+    loss = policy.loss(obs[index] + noise, action[index])
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1163,7 +1168,7 @@ def main(args: Args) -> dict[str, float]:
                 begin = time.perf_counter()
                 progress["step"] += 1
                 progress["fit_step"] = step = progress["fit_step"] + 1
-                loss = train_batch(policy, optimizer, obs, action, args.batch_size)
+                loss = train_batch(policy, optimizer, obs, action, args.batch_size, args.input_noise)
                 with torch.no_grad():
                     torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - args.ema_decay)
                 durations.append(time.perf_counter() - begin)

@@ -194,7 +194,7 @@ A2C_PARTS = (
     ("no-lambda", "--gae-lambda None", "λ = 1"),
     ("no-baseline", "--gae-lambda None --no-use-baseline --batch-size 8_000", "no baseline, whole episodes"),
 )
-BC = "python bc_variants.py --env-id HalfCheetah-v5"
+BC = "python bc_variants.py --env-id HalfCheetah-v5 --eval-episodes 100"
 BC_NAMES = ("mse", "gaussian", "gmm", "diffusion", "autoregressive")
 # What is trained on grows with each round: fewer steps for each of them.
 DAGGER = "--dagger-rounds 5 --train-steps 10_000"
@@ -681,7 +681,7 @@ STUDIES: tuple[Study, ...] = (
             RETURN,
             Column("share of the expert's", "eval/expert_fraction"),
             Column("action error", "losses/action_error"),
-            Column("ms to act 20 times", "time/act_ms"),
+            Column("ms to act 100 times", "time/act_ms"),
         ),
     ),
     Study(
@@ -756,7 +756,7 @@ STUDIES: tuple[Study, ...] = (
         runs=tuple(
             Run(
                 name=f"{name}-{batch}-{rate}",
-                command=f"{BC} --variant {name} --batch-size {batch} --learning-rate {rate}",
+                command=f"{BC} --variant {name} --train-steps 10_000 --batch-size {batch} --learning-rate {rate}",
                 minutes=6,
                 label=f"{name}, batch {batch}, step size {rate}",
             )

@@ -34,7 +34,7 @@ def trained(variant: str, obs: torch.Tensor, action: torch.Tensor, steps: int = 
     policy = bc.VARIANTS[variant](1, -torch.ones(2), torch.ones(2), args)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for _ in range(steps):
-        bc.train_batch(policy, optimizer, obs, action, 256)
+        bc.train_batch(policy, optimizer, obs, action, 256, 0.0)
     return policy.requires_grad_(False)
 
 

@@ -213,7 +213,7 @@ def two_modes(variant: str) -> torch.Tensor:
     obs = torch.zeros(1_000, 1)
     action = torch.where(torch.arange(1_000)[:, None] % 2 == 0, 0.7, -0.7) + 0.02 * torch.randn(1_000, 2)
     for _ in range(800):
-        bc.train_batch(policy, optimizer, obs, action, 256)
+        bc.train_batch(policy, optimizer, obs, action, 256, 0.0)
     with torch.no_grad():
         return policy.act(torch.zeros(2_000, 1), sample=True)
 

@@ -29,7 +29,7 @@ Pseudocode:
     for iteration = 0 .. num_iterations - 1:
         fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py)
         evaluate, every eval_every steps: whole episodes, side by side, on fresh seeds
-        for steps_per_iteration steps, except after the last iteration:
+        for steps_per_iteration steps, except after the last iteration:      (episodes end after reset_every steps)
             a <- plan(s): equations 1 and 2 for all environments, members and candidates at once
             s <- environment step with a; buffer <- buffer + transition
 
@@ -143,6 +143,8 @@ class Args:
     """environments stepped in parallel"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
+    reset_every: int | None = 100
+    """steps after which an episode is cut short while collecting, so that many beginnings are seen; None: never"""
     steps_per_iteration: int = 1_000
     """environment steps of the planner between two fits of the model"""
     num_iterations: int = 46
@@ -242,7 +244,7 @@ def check_data_paths(data: str | None, save_data: str | None) -> None:
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every num_envs ensemble_size num_layers hidden_size train_steps batch_size horizon"
     one += " steps_per_iteration num_iterations eval_episodes interim_episodes num_candidates max_episode_steps"
-    one += " eval_every"
+    one += " eval_every reset_every"
     zero = {"seed": 0, "weight_decay": 0, "input_noise": 0}
     check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"initial_steps": 2})
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
@@ -1109,17 +1111,17 @@ def main(args: Args) -> dict[str, float]:
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    spec = make_env(args.env_id, max_episode_steps=args.max_episode_steps).spec
+    limit = spec.max_episode_steps if spec else None
+    cut = min(filter(None, (limit, args.reset_every)), default=None)
+    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=cut)
     obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
     space: Any = envs.action_space
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
     bounded = bool(torch.isfinite(high - low).all())
     require(bounded, f"--env-id {args.env_id}: actions must be bounded to be planned over, {space} is not")
-    spec = envs.envs[0].spec
-    limit = (spec and spec.max_episode_steps) or args.horizon
-    require(
-        args.horizon <= limit, f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)"
-    )
+    fits = limit is None or args.horizon <= limit
+    require(fits, f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)")
     formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
     require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
 

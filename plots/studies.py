@@ -134,7 +134,7 @@ Q1_HORIZONS = (1, 5, 15, 50)
 # The course's model and training, in every one of its planning studies.
 COURSE = (
     "--num-envs 1 --ensemble-size 3 --num-layers 2 --hidden-size 250 --activation tanh --learning-rate 1e-3"
-    " --batch-size 512 --input-noise 0.01 --no-wrap-angles"
+    " --batch-size 512 --input-noise 0.01 --no-wrap-angles --reset-every None"
 )
 RETURN = Column("return", "eval/episodic_return")
 PLAN_MS = Column("plan, ms", "time/plan_ms", "mean")

@@ -480,6 +480,15 @@ def test_evaluations_come_every_so_many_steps_and_at_the_end(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("reset_every, length", [(4, 4), (40, 15), (None, 15)])
+def test_collecting_begins_anew_early_and_evaluating_does_not(script, tmp_path, reset_every, length):
+    result, run_dir = run(script, tiny(script, tmp_path, reset_every=reset_every, train_steps=1))
+    episode = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["episode"]
+    assert episode.unique(return_counts=True)[1].max() == length
+    assert result["eval/episodic_length"] == 15
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_data_and_learned_reward_of_any_environment(script, tmp_path):
     file = str(tmp_path / "data.pt")
     run(script, tiny(script, tmp_path / "a", save_data=file))

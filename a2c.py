@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -149,7 +149,7 @@ class Args:
     num_envs: int = 8
     """environments stepped in parallel"""
     batch_size: int = 1_024
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     normalize_obs: bool = True
     """standardise the observations by their mean and spread so far"""
     scale_rewards: bool = True
@@ -159,11 +159,11 @@ class Args:
     eval_episodes: int = 10
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 3
-    """episodes of the evaluations before it"""
+    """episodes of the evaluations before the last"""
 
     # Networks
     num_layers: int = 2
-    """hidden layers of each member"""
+    """hidden layers of each network"""
     hidden_size: int = 64
     """units of each hidden layer"""
     activation: Activation = "tanh"
@@ -250,7 +250,7 @@ def check_args(args: Args) -> None:
         writable = not path.is_dir() and os.access(path.parent, os.W_OK)
         require(writable, f"--save-policy {args.save_policy}: cannot write such a file")
     if args.capture_video:
-        require_package("moviepy", "--capture-video")
+        check_video(args.env_id)
 
 
 # ---------------------------------------------------------------------------------------------------- environment
@@ -282,6 +282,25 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def check_video(env_id: str) -> None:
+    """Find out whether an episode can be drawn before it is played."""
+    require_package("moviepy", "--capture-video")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    env = make_env(env_id, render_mode="rgb_array")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # a missing library, or an environment that has no pictures
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    env.close()
+
+
+def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
+    limited = env.spec is not None and env.spec.max_episode_steps is not None
+    require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -586,11 +605,11 @@ def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def write_video(frames: list[Any], path: Path) -> None:
+def write_video(frames: list[Any], path: Path, fps: int) -> None:
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
 
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
@@ -608,8 +627,6 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
-        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
     kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
@@ -632,7 +649,7 @@ def run_episodes(
     for env in envs.envs:
         env.close()
     if video:
-        write_video(frames, video)
+        write_video(frames, video, envs.envs[0].metadata.get("render_fps", 30))
     return torch.cat(seen), torch.cat(done), torch.cat(numbers).to(device), returns, float(np.median(seconds))
 
 
@@ -872,6 +889,7 @@ def main(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    check_time_limit(envs.envs[0], args.env_id)
     skip, space = hidden_positions(envs.envs[0]), envs.action_space
     obs_dim = envs.obs.shape[1] - skip
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]

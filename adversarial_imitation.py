@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -176,7 +176,7 @@ class Args:
     expert: str | None = None
     """file of the expert's actor; None: experts/ENV_ID.pt, unless there is other data"""
     minari_id: str | None = None
-    """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5]")"""
+    """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
     """file of transitions (written by --save-data) to start from, instead of collecting them"""
     num_episodes: int = 10
@@ -196,7 +196,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 3
-    """episodes of the evaluations before it"""
+    """episodes of the evaluations before the last"""
 
     # Discriminator
     algo: Literal["gail", "airl", "control"] = "gail"
@@ -220,7 +220,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -301,7 +301,7 @@ def check_args(args: Args) -> None:
         writable = not path.is_dir() and os.access(path.parent, os.W_OK)
         require(writable, f"--save-policy {args.save_policy}: cannot write such a file")
     if args.capture_video:
-        require_package("moviepy", "--capture-video")
+        check_video(args.env_id)
 
 
 def expert_path(args: Args) -> str:
@@ -339,6 +339,25 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def check_video(env_id: str) -> None:
+    """Find out whether an episode can be drawn before it is played."""
+    require_package("moviepy", "--capture-video")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    env = make_env(env_id, render_mode="rgb_array")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # a missing library, or an environment that has no pictures
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    env.close()
+
+
+def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
+    limited = env.spec is not None and env.spec.max_episode_steps is not None
+    require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -521,7 +540,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
     whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
     require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
-    check_data({"observations": obs, "actions": action, "rewards": reward}, f"--data {path}")
+    named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
+    check_data(named, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
 
@@ -548,6 +568,15 @@ def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demo
     check_data({"observations": torch.cat(obs), "actions": torch.cat(action)}, f"--minari-id {name}")
     episode = torch.cat([torch.full((len(part),), number) for number, part in enumerate(action)])
     return Demonstrations(torch.cat(obs), torch.cat(action), episode, float(np.mean(returns)))
+
+
+def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: Tensor) -> None:
+    """There are some, they are finite, and the environment can take such actions."""
+    require(len(data.obs) > 1, "one transition is not enough to learn from")
+    check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
+    beyond = torch.maximum(low - data.action, data.action - high).max().item()
+    fits = beyond <= 1e-3 * (high - low).max().item()
+    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")
 
 
 class Normaliser(nn.Module):
@@ -900,11 +929,11 @@ def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def write_video(frames: list[Any], path: Path) -> None:
+def write_video(frames: list[Any], path: Path, fps: int) -> None:
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
 
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
@@ -922,8 +951,6 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
-        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
     kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
@@ -946,7 +973,7 @@ def run_episodes(
     for env in envs.envs:
         env.close()
     if video:
-        write_video(frames, video)
+        write_video(frames, video, envs.envs[0].metadata.get("render_fps", 30))
     return torch.cat(seen), torch.cat(done), torch.cat(numbers).to(device), returns, float(np.median(seconds))
 
 
@@ -1199,6 +1226,7 @@ def main(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    check_time_limit(envs.envs[0], args.env_id)
     skip, space = hidden_positions(envs.envs[0]), envs.action_space
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(space)
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -23,9 +23,13 @@ may be a bad one. With x the standardised observation and u the action scaled to
     diffusion       u_T ~ N(0, I), then T steps of denoising     Σ (û(x, √ᾱ_t u + √(1-ᾱ_t) ε, t) - u)²              (4)
     autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i Σ_b share_b(u_i) log p(b | x, u_1 .. u_i-1)   (5)
 
-f, μ_k and û end in a tanh: experts saturate, and a function that is flat there has no need to learn how flat. mse
-averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the mode (the mean,
-the most likely component or bin, denoising with the noise it began with), or a sample with `--sample`.
+share_b(u_i) is 1 at the centre of bin b and falls to 0 at those of its neighbours. f, μ_k and û end in a tanh: experts
+saturate, and a function that is flat there has no need to learn how flat. While training, x is a little blurred
+(--input-noise); what acts and is measured is a running mean of the weights (--ema-decay).
+
+mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the best guess: f, or
+tanh(μ), or μ_k of the likeliest component, or what some noise is denoised to without adding more (so that diffusion is
+never one point), or the mean of the likeliest bin and its neighbours. With `--sample` it takes a sample.
 
 All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
 (Ross et al. 2011) asks the expert what it would have done where the policy went:
@@ -143,7 +147,7 @@ class Args:
     expert: str | None = None
     """file of the expert's actor; None: experts/ENV_ID.pt, unless there is other data"""
     minari_id: str | None = None
-    """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5]")"""
+    """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
     """file of transitions (written by --save-data) to start from, instead of collecting them"""
     num_episodes: int = 20
@@ -159,7 +163,7 @@ class Args:
     variant: Literal["mse", "gaussian", "gmm", "diffusion", "autoregressive"] = "mse"
     """what the policy can express: equations 1 to 5"""
     num_layers: int = 2
-    """hidden layers of each member"""
+    """hidden layers of each network"""
     hidden_size: int = 256
     """units of each hidden layer"""
     activation: Activation = "relu"
@@ -169,33 +173,33 @@ class Args:
     denoising_steps: int = 10
     """steps T of diffusion"""
     num_bins: int = 20
-    """bins B of each action dimension of autoregressive"""
+    """bins B of each action dimension of autoregressive; modes closer than two of them are one"""
     sample: bool = False
-    """act by samples in evaluation and DAgger instead of the mode"""
+    """act by samples in evaluation and DAgger instead of the best guess; mse has none to offer"""
 
     # Training
     train_steps: int = 40_000
-    """gradient steps per fit of the model"""
+    """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
     """L2 penalty on the weights, through Adam"""
     input_noise: float = 0.01
-    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    """standard deviation of the Gaussian noise on the normalised inputs while training"""
     holdout_ratio: float = 0.1
     """share of the transitions held out, in whole episodes, to measure the model on"""
     stop_after: int | None = None
     """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
     ema_decay: float = 0.999
-    """the policy that acts is a running mean of the weights with this decay; 0: the weights as they are"""
+    """what acts and is measured is a running mean of the weights with this decay; 0: the weights as they are"""
     eval_every: int = 10_000
     """steps between evaluations"""
     eval_episodes: int = 20
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 5
-    """episodes of the evaluations before it"""
+    """episodes of the evaluations before the last"""
 
 
 def fail(message: str) -> NoReturn:
@@ -236,7 +240,7 @@ def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every max_episode_steps num_episodes dagger_episodes num_layers hidden_size"
     one += " num_components train_steps batch_size stop_after eval_every eval_episodes interim_episodes"
     zero = dict.fromkeys(("seed", "dagger_rounds", "weight_decay", "input_noise"), 0)
-    check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"denoising_steps": 2, "num_bins": 2})
+    check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"denoising_steps": 2, "num_bins": 4})
     require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie in (0, 1), got {args.holdout_ratio}")
     require(0 <= args.dagger_beta <= 1, f"--dagger-beta must lie in [0, 1], got {args.dagger_beta}")
     require(0 <= args.ema_decay < 1, f"--ema-decay must lie in [0, 1), got {args.ema_decay}")
@@ -258,7 +262,7 @@ def check_args(args: Args) -> None:
         require(fine, f"--minari-id {args.minari_id}: an id looks like mujoco/halfcheetah/expert-v0")
         require_package("minari", "--minari-id")
     if args.capture_video:
-        require_package("moviepy", "--capture-video")
+        check_video(args.env_id)
 
 
 def expert_path(args: Args) -> str:
@@ -296,6 +300,25 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def check_video(env_id: str) -> None:
+    """Find out whether an episode can be drawn before it is played."""
+    require_package("moviepy", "--capture-video")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    env = make_env(env_id, render_mode="rgb_array")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # a missing library, or an environment that has no pictures
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    env.close()
+
+
+def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
+    limited = env.spec is not None and env.spec.max_episode_steps is not None
+    require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -458,7 +481,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
     whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
     require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
-    check_data({"observations": obs, "actions": action, "rewards": reward}, f"--data {path}")
+    named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
+    check_data(named, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
 
@@ -485,6 +509,15 @@ def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demo
     check_data({"observations": torch.cat(obs), "actions": torch.cat(action)}, f"--minari-id {name}")
     episode = torch.cat([torch.full((len(part),), number) for number, part in enumerate(action)])
     return Demonstrations(torch.cat(obs), torch.cat(action), episode, float(np.mean(returns)))
+
+
+def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: Tensor) -> None:
+    """There are some, they are finite, and the environment can take such actions."""
+    require(len(data.obs) > 1, "one transition is not enough to learn from")
+    check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
+    beyond = torch.maximum(low - data.action, data.action - high).max().item()
+    fits = beyond <= 1e-3 * (high - low).max().item()
+    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")
 
 
 class Normaliser(nn.Module):
@@ -610,7 +643,7 @@ class Policy(nn.Module):
     def loss(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.error(self.normaliser(obs), self.scale(action)).mean()
 
-    def act(self, obs: Tensor, sample: bool = False) -> Tensor:
+    def act(self, obs: Tensor, sample: bool = False) -> Tensor:  # (B, D) -> (B, A), in the units of the environment
         u = self.decide(self.normaliser(obs), sample).clamp(-1, 1)
         return self.low + (u + 1) / 2 * (self.high - self.low)
 
@@ -630,10 +663,10 @@ class MSE(Policy):
 
 
 class Gaussian(Policy):
-    """Equation 2: SAC's own policy class. Experts saturate, and atanh(1) is infinite: actions are pulled in a bit.
+    """Equation 2: SAC's squashed Gaussian. atanh(1) is infinite, so u is kept a hundredth away from the bounds.
 
-    By a hundredth, and the spread is no narrower than 0.3: with 1e-4 and 1e-3 the likelihood is nearly all about how
-    far beyond the bounds a saturated action lies, and the policy forgets the rest.
+    And the spread is no narrower than 0.3: with 1e-4 and 1e-3 the likelihood is nearly all about how far beyond the
+    bounds a saturated action lies, and the policy forgets the rest.
     """
 
     LOG_STD = (math.log(0.3), math.log(3.0))
@@ -810,8 +843,6 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
-        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
     kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
@@ -834,7 +865,7 @@ def run_episodes(
     for env in envs.envs:
         env.close()
     if video:
-        write_video(frames, video)
+        write_video(frames, video, envs.envs[0].metadata.get("render_fps", 30))
     return torch.cat(seen), torch.cat(done), torch.cat(numbers).to(device), returns, float(np.median(seconds))
 
 
@@ -870,11 +901,11 @@ def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, numb
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def write_video(frames: list[Any], path: Path) -> None:
+def write_video(frames: list[Any], path: Path, fps: int) -> None:
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
 
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
@@ -1112,6 +1143,15 @@ def measure(policy: Policy, data: Demonstrations, train: Tensor, test: Tensor, s
     return {"losses/train_loss": losses[0], "losses/holdout_loss": losses[1], "losses/action_error": off}
 
 
+def load_clone(run_dir: str) -> Policy:
+    """What a run has learned: `load_clone("runs/...").act(torch.as_tensor(obs)[None].float())[0]` acts."""
+    weights = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
+    args, obs_dim = load_args(run_dir), len(weights["normaliser.mean"])
+    policy = VARIANTS[args.variant](obs_dim, weights["low"], weights["high"], args)
+    policy.load_state_dict(weights)
+    return policy.requires_grad_(False)
+
+
 def main(args: Args) -> dict[str, float]:
     check_args(args)
     checkpoint = load_checkpoint(args) if args.resume else None
@@ -1121,6 +1161,7 @@ def main(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     envs = VectorEnv(args.env_id, 1, args.seed, max_episode_steps=args.max_episode_steps)
+    check_time_limit(envs.envs[0], args.env_id)
     skip, space = hidden_positions(envs.envs[0]), envs.action_space
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(space)
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]
@@ -1135,6 +1176,7 @@ def main(args: Args) -> dict[str, float]:
     else:
         data = demonstrate(args, expert, (obs_dim, skip, action_dim), device)
     data.obs, data.action, data.episode = data.obs.to(device), data.action.to(device), data.episode.to(device)
+    check_demonstrations(data, args.env_id, low, high)
 
     policy = VARIANTS[args.variant](obs_dim, low, high, args).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -1150,7 +1192,7 @@ def main(args: Args) -> dict[str, float]:
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, average, data.expert_return, args.eval_episodes, device, video)
-            print(f"{run_dir}: {describe(again, returns)}; {again['eval/expert_fraction']:.2f} of the expert's")
+            print(f"{run_dir}: {describe(again, returns)}; the expert earns {data.expert_return:.1f}")
             return again
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(data.obs)} transitions", flush=True)
@@ -1169,8 +1211,11 @@ def main(args: Args) -> dict[str, float]:
                 progress["step"] += 1
                 progress["fit_step"] = step = progress["fit_step"] + 1
                 loss = train_batch(policy, optimizer, obs, action, args.batch_size, args.input_noise)
+                decay = min(
+                    args.ema_decay, progress["step"] / (progress["step"] + 10)
+                )  # at first it has little to remember
                 with torch.no_grad():
-                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - args.ema_decay)
+                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - decay)
                 durations.append(time.perf_counter() - begin)
                 bar.update()
                 due, save = (

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -192,7 +192,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 3
-    """episodes of the evaluations before it"""
+    """episodes of the evaluations before the last"""
 
     # Actor and critic
     gamma: float = 0.99
@@ -200,7 +200,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -238,7 +238,7 @@ class Args:
     probabilistic: bool = True
     """predict mean and variance (Gaussian negative log-likelihood) instead of the mean alone (squared error)"""
     num_layers: int = 4
-    """hidden layers of each member"""
+    """hidden layers of each network"""
     hidden_size: int = 200
     """units of each hidden layer"""
     activation: Activation = "silu"
@@ -254,7 +254,7 @@ class Args:
     weight_decay: float = 5e-5
     """L2 penalty on the weights, through Adam"""
     input_noise: float = 0.0
-    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    """standard deviation of the Gaussian noise on the normalised inputs while training"""
     model_holdout: float = 0.2
     """share of the transitions (at most 5,000) that the fits of the model do not train on, to stop early by"""
     patience: int | None = 5
@@ -333,7 +333,7 @@ def check_args(args: Args) -> None:
         writable = not path.is_dir() and os.access(path.parent, os.W_OK)
         require(writable, f"--save-policy {args.save_policy}: cannot write such a file")
     if args.capture_video:
-        require_package("moviepy", "--capture-video")
+        check_video(args.env_id)
 
 
 # ---------------------------------------------------------------------------------------------------- environment
@@ -378,6 +378,25 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def check_video(env_id: str) -> None:
+    """Find out whether an episode can be drawn before it is played."""
+    require_package("moviepy", "--capture-video")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    env = make_env(env_id, render_mode="rgb_array")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # a missing library, or an environment that has no pictures
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    env.close()
+
+
+def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
+    limited = env.spec is not None and env.spec.max_episode_steps is not None
+    require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -625,7 +644,7 @@ class StackedMLP(nn.Module):
 
 
 class DynamicsModel(nn.Module):
-    """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
+    """What deterministic and Gaussian ensembles share: s' = s + Δ, where Δ = mean + std · network(normalised s, a).
 
     The first `skip` observation dimensions (absolute positions) are predicted but not seen, and `angles`, which turn
     without limit, are seen as sine and cosine. With `learn_reward` the
@@ -688,7 +707,7 @@ class DynamicsModel(nn.Module):
 
 
 class Ensemble(DynamicsModel):
-    """Deterministic members, trained by the squared error (equation 2)."""
+    """Deterministic members, trained by the squared error of the normalised Δ."""
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         return (output[..., : self.num_targets] - target).square().mean(dim=(1, 2))
@@ -1040,11 +1059,11 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def write_video(frames: list[Any], path: Path) -> None:
+def write_video(frames: list[Any], path: Path, fps: int) -> None:
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
 
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
@@ -1079,8 +1098,6 @@ def evaluate(
     video: Path | None,
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
     """Whole episodes, side by side, acting by the mean; the same seeds each time, none of them trained on."""
-    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
-        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
     kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(args.env_id, episodes, args.seed + 1_000_000, **kwargs)
     skip = hidden_positions(envs.envs[0])
@@ -1101,7 +1118,7 @@ def evaluate(
     for env in envs.envs:
         env.close()
     if video:
-        write_video(frames, video)
+        write_video(frames, video, envs.envs[0].metadata.get("render_fps", 30))
     returns, lengths = np.sum(rewards, axis=0), np.sum(alive[:-1], axis=0)
     metrics = {"eval/episodic_return": returns.mean().item(), "eval/episodic_length": lengths.mean().item()}
     metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
@@ -1346,6 +1363,7 @@ def main(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    check_time_limit(envs.envs[0], args.env_id)
     obs_dim, skip = envs.obs.shape[1], hidden_positions(envs.envs[0])
     space: Any = envs.action_space
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -169,7 +169,7 @@ class Args:
     ensemble_size: int = 5
     """members of the ensemble"""
     num_layers: int = 2
-    """hidden layers of each member"""
+    """hidden layers of each network"""
     hidden_size: int = 256
     """units of each hidden layer"""
     activation: Activation = "silu"
@@ -183,17 +183,17 @@ class Args:
 
     # Training
     train_steps: int = 5_000
-    """gradient steps per fit of the model"""
+    """gradient steps per fit"""
     eval_every: int = 100
     """steps between evaluations"""
     batch_size: int = 512
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
     """L2 penalty on the weights, through Adam"""
     input_noise: float = 0.01
-    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    """standard deviation of the Gaussian noise on the normalised inputs while training"""
     train_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
 
@@ -505,7 +505,7 @@ class StackedMLP(nn.Module):
 
 
 class DynamicsModel(nn.Module):
-    """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
+    """What deterministic and Gaussian ensembles share: s' = s + Δ, where Δ = mean + std · network(normalised s, a).
 
     The first `skip` observation dimensions (absolute positions) are predicted but not seen, and `angles`, which turn
     without limit, are seen as sine and cosine. With `learn_reward` the
@@ -568,7 +568,7 @@ class DynamicsModel(nn.Module):
 
 
 class Ensemble(DynamicsModel):
-    """Deterministic members, trained by the squared error (equation 2)."""
+    """Deterministic members, trained by the squared error of the normalised Δ."""
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         return (output[..., : self.num_targets] - target).square().mean(dim=(1, 2))

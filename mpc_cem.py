@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
+#     "gymnasium[classic-control,mujoco]==1.4.0",
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -29,16 +29,16 @@ Pseudocode:
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
         fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py)
-        evaluate, every eval_every steps: whole episodes, side by side, on fresh seeds
-        for steps_per_iteration steps, except after the last iteration:      (episodes end after reset_every steps)
+        evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
+        for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
             μ, kept elites <- last step's, shifted by one;  σ <- start_std
             for i = 1 .. cem_iterations:  equations 1, 2, 3, for all environments, members and candidates at once
             s <- environment step with the first action; buffer <- buffer + transition
 
-Episodes are cut short while collecting (--reset-every), because a planner can only be as good as the model is where it
-stands. Five whole episodes of random actions show five times how HalfCheetah-v5 stands up; the first plans of a model
-that has seen no more are somersaults, and the rest of the episode is spent on the back. Fifty beginnings in the same
-5,000 steps make it run from the first plan on.
+Episodes are cut short now and then while collecting (--reset-every), because a planner can only be as good as the model
+is where it stands. Five whole episodes of random actions show five times how HalfCheetah-v5 stands up; the first plans
+of a model that has seen no more are somersaults, and the rest of the episode is spent on the back. Fifty beginnings in
+the same 5,000 steps make it run from the first plan on.
 
 The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, section 3):
 
@@ -59,7 +59,7 @@ The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1
     python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan \
         --candidate-decay 1 --no-mean-candidate --num-candidates 1_000 --horizon 15 --ensemble-size 3 \
         --num-layers 2 --hidden-size 250 --activation tanh --train-steps 1_500 --batch-size 512 \
-        --steps-per-iteration 5_000 --reset-every None --no-wrap-angles
+        --steps-per-iteration 5_000 --num-iterations 5 --reset-every None --no-wrap-angles
 
 Usage:
 
@@ -75,7 +75,7 @@ more outputs of the ensemble. A candidate earns nothing after a step that is pre
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
 
-    charts/episodic_return      return of the episodes that ended at this step, mean over environments
+    charts/episodic_return      return of the episodes (cut by --reset-every) that ended here, mean over environments
     charts/episodic_length      their length
     charts/SPS                  environment steps per second while collecting, planning included, first ten left out
     eval/episodic_return        mean return of the evaluation episodes
@@ -175,7 +175,7 @@ class Args:
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     reset_every: int | None = 100
-    """steps after which an episode is cut short while collecting, so that many beginnings are seen; None: never"""
+    """steps, on average, after which an episode is cut short while collecting, to see many beginnings; None: never"""
     steps_per_iteration: int = 1_000
     """environment steps of the planner between two fits of the model"""
     num_iterations: int = 46
@@ -185,7 +185,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of the last evaluation, side by side"""
     interim_episodes: int = 2
-    """episodes of the evaluations before it"""
+    """episodes of the evaluations before the last"""
     data: str | None = None
     """file of transitions (written by --save-data) to start from, instead of collecting them"""
     save_data: str | None = None
@@ -195,7 +195,7 @@ class Args:
     ensemble_size: int = 5
     """members of the ensemble"""
     num_layers: int = 4
-    """hidden layers of each member"""
+    """hidden layers of each network"""
     hidden_size: int = 200
     """units of each hidden layer"""
     activation: Activation = "silu"
@@ -207,15 +207,15 @@ class Args:
 
     # Training
     train_steps: int = 1_500
-    """gradient steps per fit of the model"""
+    """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (and of each member)"""
+    """samples in the batch of each gradient step (in an ensemble: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
     """L2 penalty on the weights, through Adam"""
     input_noise: float = 0.01
-    """standard deviation of the Gaussian noise on the model's normalised inputs while training"""
+    """standard deviation of the Gaussian noise on the normalised inputs while training"""
     train_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
 
@@ -307,15 +307,19 @@ def check_args(args: Args) -> None:
     require(0 < args.cem_alpha <= 1, f"--cem-alpha must lie in (0, 1], got {args.cem_alpha}")
     require(0 <= args.keep_elites <= 1, f"--keep-elites must lie in [0, 1], got {args.keep_elites}")
     require(0 < args.start_std < float("inf"), f"--start-std must be positive, got {args.start_std}")
-    few = f"--num-elites {args.num_elites} of --num-candidates {args.num_candidates}: elites must be fewer"
-    require(args.num_elites < args.num_candidates, few)
+    few = (
+        f"--num-elites {args.num_elites} of --num-candidates {args.num_candidates}: elites may be half of them at most"
+    )
+    require(2 * args.num_elites <= args.num_candidates, few)
     contrary = args.start == "uniform" and args.shift_plan
     require(not contrary, "--start uniform forgets the last plan: give --no-shift-plan with it")
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
+    short = f"--steps-per-iteration {args.steps_per_iteration} is less than one step of --num-envs {args.num_envs}"
+    require(args.steps_per_iteration >= args.num_envs, short)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
     check_data_paths(None if args.resume else args.data, args.save_data)
     if args.capture_video:
-        require_package("moviepy", "--capture-video")
+        check_video(args.env_id)
 
 
 # ---------------------------------------------------------------------------------------------------- environment
@@ -361,6 +365,25 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def check_video(env_id: str) -> None:
+    """Find out whether an episode can be drawn before it is played."""
+    require_package("moviepy", "--capture-video")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
+        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
+    env = make_env(env_id, render_mode="rgb_array")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # a missing library, or an environment that has no pictures
+        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+    env.close()
+
+
+def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
+    limited = env.spec is not None and env.spec.max_episode_steps is not None
+    require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -619,7 +642,7 @@ class StackedMLP(nn.Module):
 
 
 class DynamicsModel(nn.Module):
-    """What deterministic and Gaussian ensembles share: equation 1, and learned reward and termination.
+    """What deterministic and Gaussian ensembles share: s' = s + Δ, where Δ = mean + std · network(normalised s, a).
 
     The first `skip` observation dimensions (absolute positions) are predicted but not seen, and `angles`, which turn
     without limit, are seen as sine and cosine. With `learn_reward` the
@@ -682,7 +705,7 @@ class DynamicsModel(nn.Module):
 
 
 class Ensemble(DynamicsModel):
-    """Deterministic members, trained by the squared error (equation 2)."""
+    """Deterministic members, trained by the squared error of the normalised Δ."""
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         return (output[..., : self.num_targets] - target).square().mean(dim=(1, 2))
@@ -867,7 +890,8 @@ def simulated_returns(
         states, _ = rollout.rollout(task.model, workers, np.tile(state, (K, 1)), control)  # (K, H * frame_skip, state)
         here = np.tile(state, (K, 1, 1))
         states = np.concatenate([here, states[:, task.frame_skip - 1 :: task.frame_skip]], axis=1)  # (K, H + 1, state)
-        # The state is time, joint positions and velocities; the observation may go on with what no reward here reads.
+        # The state is time, joint positions and velocities. What else is observed counts as zero: of the rewards here
+        # only Ant's reads it, for the small cost of contact.
         seen = torch.zeros(K, H + 1, obs.shape[1])
         size = task.model.nq + task.model.nv
         seen[..., :size] = torch.from_numpy(states[..., 1 : 1 + size])
@@ -966,11 +990,11 @@ def promise_kept(
     }
 
 
-def write_video(frames: list[Any], path: Path) -> None:
+def write_video(frames: list[Any], path: Path, fps: int) -> None:
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
 
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
@@ -991,8 +1015,6 @@ def evaluate(
     leave: Callable[[], None],
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, side by side in one planning call a step; the same seeds each time, none of them trained on."""
-    if video and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & {*os.environ}:
-        os.environ["MUJOCO_GL"] = "egl"  # MuJoCo's default cannot draw without a display
     seed = args.seed + 1_000_000
     kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(args.env_id, episodes, seed, **kwargs)
@@ -1015,7 +1037,7 @@ def evaluate(
     for env in envs.envs:
         env.close()
     if video:
-        write_video(frames, video)
+        write_video(frames, video, envs.envs[0].metadata.get("render_fps", 30))
     returns, lengths = np.sum(rewards, axis=0), np.sum(alive[:-1], axis=0)
     metrics = {"eval/episodic_return": returns.mean().item(), "eval/episodic_length": lengths.mean().item()}
     metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
@@ -1141,7 +1163,8 @@ class Checkpointer:
 
 # What may be given anew when a run is resumed: nothing that has shaped the data or the weights so far.
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile"}
+MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
+MAY_CHANGE |= {"interim_episodes"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1198,6 +1221,8 @@ def fit_model(
 ) -> None:  # fmt: skip
     """`train_steps` gradient steps on everything collected so far."""
     progress, rows = checkpointer.progress, torch.arange(buffer.size, device=buffer.obs.device)
+    if progress["fit_step"] == 0:
+        progress["fitted"] = buffer.size
     x, y = model.regression_data(buffer, rows, fit=progress["fit_step"] == 0)
     bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc="fit", unit="step", leave=False)
     begin, dtype = time.perf_counter(), getattr(torch, args.train_dtype)
@@ -1215,6 +1240,15 @@ def fit_model(
         if read:  # what has not been checked is not saved
             checkpointer.step(due=save)
     bar.close()
+
+
+def cut_short(envs: VectorEnv, chance: float) -> None:
+    """Begin anew here and there, never at the same age: what lasts long must be seen, too, but not all the time."""
+    for i, env in enumerate(envs.envs):
+        if torch.rand(()).item() < chance and env.actions:
+            envs.finished.append((env.episodic_return, len(env.actions)))
+            envs.obs[i], _ = env.reset()
+            envs.episode[i] = envs.episode.max() + 1
 
 
 # Differs: the planner acts, and everything is logged against environment steps
@@ -1235,6 +1269,8 @@ def collect(
             plan_times.append(time.perf_counter() - begin)
         next_obs, reward, terminated = envs.step(action)
         buffer.add(obs=obs, action=action, next_obs=next_obs, reward=reward, terminated=terminated, episode=episode)
+        if args.reset_every:
+            cut_short(envs, 1 / args.reset_every)
         if planner:
             planner.reset(envs.episode != episode)
         step_times.append(time.perf_counter() - begin)
@@ -1260,17 +1296,16 @@ def main(args: Args) -> dict[str, float]:
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    spec = make_env(args.env_id, max_episode_steps=args.max_episode_steps).spec
-    limit = spec.max_episode_steps if spec else None
-    cut = min(filter(None, (limit, args.reset_every)), default=None)
-    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=cut)
+    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
     obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
     space: Any = envs.action_space
     low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
     bounded = bool(torch.isfinite(high - low).all())
     require(bounded, f"--env-id {args.env_id}: actions must be bounded to be planned over, {space} is not")
-    fits = limit is None or args.horizon <= limit
-    require(fits, f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)")
+    check_time_limit(envs.envs[0], args.env_id)
+    limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
+    too_far = f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)"
+    require(args.horizon <= limit, too_far)
     formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
     require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
 
@@ -1300,7 +1335,7 @@ def main(args: Args) -> dict[str, float]:
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": False, "seconds": 0.0, "metrics": {}}
-    progress |= {"first_steps": first_steps, "dtype": args.planner_dtype}
+    progress |= {"first_steps": first_steps, "fitted": 0, "dtype": args.planner_dtype}
     if args.planner_dtype == "auto":  # measured once: a resumed run goes on with what it began with
         progress["dtype"] = checkpoint["progress"]["dtype"] if checkpoint else faster_dtype(device)
     fast = planning_copy(model, progress["dtype"])
@@ -1317,6 +1352,8 @@ def main(args: Args) -> dict[str, float]:
         if checkpoint:
             checkpointer.restore(checkpoint)
         if args.eval_only:
+            fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
+            require(fitted, f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without")
             refresh(fast, model)
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)
@@ -1349,7 +1386,7 @@ def main(args: Args) -> dict[str, float]:
                 break
             target = progress["first_steps"] + collected + args.steps_per_iteration
             collect(args, envs, buffer, planner, target, log, checkpointer)
-            log.scalars(novelty(model, buffer, progress["first_steps"] + collected), buffer.size)
+            log.scalars(novelty(model, buffer, progress["fitted"]), buffer.size)
             progress.update(iteration=iteration + 1, fit_step=0, evaluated=False)
         if args.save_data:
             save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})

@@ -199,7 +199,7 @@ def requirements_problems(requirements: str) -> list[str]:
 
 
 def package_of(pin: str) -> str:
-    """`gymnasium[mujoco]==1.4.0` -> `gymnasium[mujoco]`."""
+    """`gymnasium[classic-control,mujoco]==1.4.0` -> `gymnasium[classic-control,mujoco]`."""
     return pin.split("==")[0]
 
 
@@ -209,7 +209,7 @@ def packages_needed(source: str) -> set[str]:
     if any(item.name.startswith("torch.utils.tensorboard") for item in imports(source)):
         needed.add("tensorboard")
     if needed & {"gymnasium", "mujoco"}:
-        needed = needed - {"gymnasium", "mujoco"} | {"gymnasium[mujoco]"}
+        needed = needed - {"gymnasium", "mujoco"} | {"gymnasium[classic-control,mujoco]"}
     return needed - {"wandb", "minari"}
 
 
@@ -234,7 +234,7 @@ def header_problems(name: str, source: str, requirements: str) -> list[str]:
     listed = {package_of(pin) for pin in dependencies}
     needed = packages_needed(source)
     # gymnasium's extra has no upper bound on mujoco, and its video wrapper imports moviepy: both may be named too.
-    allowed = needed | ({"mujoco"} if "gymnasium[mujoco]" in needed else set())
+    allowed = needed | ({"mujoco"} if "gymnasium[classic-control,mujoco]" in needed else set())
     allowed |= {"moviepy"} if "RecordVideo" in source else set()
     problems += [f"{name}: imports {package}, which the metadata lacks" for package in sorted(needed - listed)]
     problems += [f"{name}: the metadata names {package}, not imported" for package in sorted(listed - allowed)]

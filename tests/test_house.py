@@ -53,7 +53,7 @@ LEAVES: dict[str, list[str]] = {
 REQUIREMENTS = """
 # a comment
 torch==2.13.0
-gymnasium[mujoco]==1.4.0
+gymnasium[classic-control,mujoco]==1.4.0
 mujoco==4.0.0
 numpy==2.4.6
 tyro==1.0.17
@@ -301,7 +301,7 @@ def test_header(script: Path, source: str, requirements: str) -> None:
         ('"tyro==1.0.17"', '"tyro==1.0.17", "torch==2.13.0"', "names torch"),
         ('"tyro==1.0.17"', '"tyro==1.0.17", "mujoco==4.0.0"', "names mujoco"),
         ('"tyro==1.0.17"', '"tyro==1.0.17", "moviepy==2.2.1"', "names moviepy"),
-        ("import tyro\n", "import tyro\nimport gymnasium\n", "imports gymnasium[mujoco]"),
+        ("import tyro\n", "import tyro\nimport gymnasium\n", "imports gymnasium[classic-control,mujoco]"),
         ("    check(args)\n", "    import matplotlib\n", "imports matplotlib"),
     ],
 )
@@ -323,7 +323,7 @@ def test_header_allowed() -> None:
     assert_none(house.header_problems("toy.py", TOY, REQUIREMENTS))
     source = changed("import tyro\n", "import tyro\nfrom gymnasium.wrappers import RecordVideo\n")
     source = source.replace("    check(args)\n", "    import wandb\n    import minari\n")
-    extra = '"tyro==1.0.17", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "moviepy==2.2.1"'
+    extra = '"tyro==1.0.17", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0", "moviepy==2.2.1"'
     assert_none(house.header_problems("toy.py", source.replace('"tyro==1.0.17"', extra), REQUIREMENTS))
 
 

@@ -480,12 +480,22 @@ def test_evaluations_come_every_so_many_steps_and_at_the_end(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("reset_every, length", [(4, 4), (40, 15), (None, 15)])
-def test_collecting_begins_anew_early_and_evaluating_does_not(script, tmp_path, reset_every, length):
-    result, run_dir = run(script, tiny(script, tmp_path, reset_every=reset_every, train_steps=1))
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_collecting_begins_anew_now_and_then_and_evaluating_does_not(script, tmp_path, num_envs):
+    changes = dict(num_envs=num_envs, initial_steps=600, train_steps=1, max_episode_steps=40)
+    result, run_dir = run(script, tiny(script, tmp_path / "cut", reset_every=10, **changes))
+    assert result["eval/episodic_length"] == 40
+    buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    lengths = buffer["episode"].unique(return_counts=True)[1].float()
+    assert 7 < lengths.mean() < 13 and lengths.max() > 20, "of no fixed length, ten on average"
+    follows = (buffer["obs"][num_envs:] == buffer["next_obs"][:-num_envs]).all(1)
+    same = buffer["episode"][num_envs:] == buffer["episode"][:-num_envs]
+    assert torch.equal(follows, same), "a new number, and a new beginning"
+    finished = [float(value) for _, tag, value in logged(run_dir) if tag == "charts/episodic_length"]
+    assert np.mean(finished) == pytest.approx(lengths.mean().item(), rel=0.2)
+    _, run_dir = run(script, tiny(script, tmp_path / "whole", reset_every=None, **changes))
     episode = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["episode"]
-    assert episode.unique(return_counts=True)[1].max() == length
-    assert result["eval/episodic_length"] == 15
+    assert (episode.unique(return_counts=True)[1][:-num_envs] == 40).all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

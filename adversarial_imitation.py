@@ -574,6 +574,7 @@ def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: T
     """There are some, they are finite, and the environment can take such actions."""
     require(len(data.obs) > 1, "one transition is not enough to learn from")
     check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
+    low, high = low.to(data.action), high.to(data.action)
     beyond = torch.maximum(low - data.action, data.action - high).max().item()
     fits = beyond <= 1e-3 * (high - low).max().item()
     require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")
@@ -1240,6 +1241,7 @@ def main(args: Args) -> dict[str, float]:
         recorded = args.data is not None or args.minari_id is not None
         expert = None if recorded else load_expert(expert_path(args), args.env_id, obs_dim, low, high)
         data = demonstrate(args, expert, (obs_dim, skip, action_dim), device)
+    check_demonstrations(data, args.env_id, low, high)
     ordered = args.data is None or len(data.episode.unique()) > 1  # a dict of observations and actions has no episodes
     unknown = f"--data {args.data} does not tell episodes apart, and AIRL needs to know which steps follow each other"
     require(ordered or args.algo != "airl", unknown)

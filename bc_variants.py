@@ -515,6 +515,7 @@ def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: T
     """There are some, they are finite, and the environment can take such actions."""
     require(len(data.obs) > 1, "one transition is not enough to learn from")
     check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
+    low, high = low.to(data.action), high.to(data.action)
     beyond = torch.maximum(low - data.action, data.action - high).max().item()
     fits = beyond <= 1e-3 * (high - low).max().item()
     require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")

@@ -411,6 +411,10 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     again = bc.main(bc.parse_args(["--resume", str(run_dir), "--eval-only"]))
     for name in ("eval/episodic_return", "eval/episodic_return_std", "eval/expert_fraction"):
         assert again[name] == result[name]
+    if variant != "diffusion":  # its best guess depends on the noise that it begins with
+        clone = bc.load_clone(str(run_dir))
+        returns = bc.run_episodes(clone.act, "Pendulum-v1", 2, 1_000_001, torch.device("cpu"), 20)[3]
+        assert returns.mean() == pytest.approx(result["eval/episodic_return"])
 
 
 @pytest.mark.parametrize("variant, call", [("mse", 57), ("diffusion", 33), ("autoregressive", 50), ("gmm", 12)])
@@ -461,6 +465,32 @@ def test_the_running_mean_is_one(tmp_path):
     _, run_dir = run(tiny(tmp_path, ema_decay=0.0))
     saved = stored(run_dir)
     assert torch.equal(saved["policy"]["net.0.weight"], saved["average"]["net.0.weight"])
+
+
+def test_the_running_mean_forgets_where_it_began(tmp_path):
+    """After 40 steps with a memory of a thousand, what acts has to have learned, too."""
+    _, run_dir = run(tiny(tmp_path, learning_rate=1e-2))
+    for name, weight in stored(run_dir)["average"].items():
+        if name.startswith("net") and name.endswith("weight"):
+            now = stored(run_dir)["policy"][name]
+            assert (weight - now).norm() < 0.5 * now.norm(), name
+
+
+def test_demonstrations_that_cannot_be(tmp_path, capsys):
+    data = {"observations": torch.randn(50, 3), "actions": 20 * torch.ones(50, 1), "mean_reward": 1.0}
+    torch.save(data, tmp_path / "big.pt")
+    with pytest.raises(SystemExit) as exit:
+        bc.main(tiny(tmp_path, data=str(tmp_path / "big.pt")))
+    assert exit.value.code == 2 and "exceed the bounds of Pendulum-v1 by up to 18" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        bc.main(tiny(tmp_path, num_episodes=1, max_episode_steps=1))
+    assert exit.value.code == 2 and "one transition" in capsys.readouterr().err
+    expert = torch.load(tmp_path / "expert.pt", weights_only=True)
+    expert["actor"]["fc2.weight"][0, 0] = torch.nan
+    torch.save(expert, tmp_path / "expert.pt")
+    with pytest.raises(SystemExit) as exit:
+        bc.main(tiny(tmp_path))
+    assert exit.value.code == 2 and "non-finite" in capsys.readouterr().err
 
 
 def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):

@@ -890,9 +890,14 @@ def load_args(run_dir: str) -> Args:
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-        return Args(**saved)
+        args = Args(**saved)
     except (AttributeError, TypeError, ValueError):
         fail(f"--resume {run_dir}: its args.json is not from this script")
+    missing = ", ".join(field.name for field in fields(Args) if field.name not in saved)
+    require(
+        not missing, f"--resume {run_dir}: its args.json is from an older version of this script, without {missing}"
+    )
+    return args
 
 
 def load_checkpoint(args: Args) -> dict[str, Any]:

@@ -468,12 +468,33 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     return reward, terminated
 
 
+def check_own_formulas(env: gym.Env[Any, Any]) -> None:
+    """Try the environment's own batch_reward and batch_terminated before they are planned with."""
+    task: Any = env.unwrapped
+    name = env.spec.id if env.spec else type(task).__name__
+    found = [part for part in ("batch_reward", "batch_terminated") if callable(getattr(task, part, None))]
+    require(
+        len(found) != 1, f"{name} has {found[0] if found else ''} but not both of batch_reward and batch_terminated"
+    )
+    if not found:
+        return
+    sizes = [gym.spaces.flatdim(space) for space in (env.observation_space, env.action_space)]
+    obs, action = (torch.zeros(2, 3, size) for size in sizes)
+    for part, arguments in (("batch_reward", (obs, action, obs)), ("batch_terminated", (obs,))):
+        try:
+            shape = tuple(getattr(task, part)(*arguments).shape)
+        except Exception as error:  # an environment's own code raises what it likes
+            fail(f"{name}: {part} failed on zeros, (2, 3, D): {error}")
+        require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be (2, 3), it is {shape}")
+
+
 def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
     """Reward and termination from (obs, action, next_obs): the environment's own, else Gymnasium's MuJoCo tasks.
 
     Weights and ranges are read from the environment, so that one made with other settings is planned for correctly.
     """
     task: Any = env.unwrapped
+    check_own_formulas(env)
     if has_known_reward(env):
         return task.batch_reward, task.batch_terminated
     name = env.spec.id if env.spec else ""
@@ -1133,9 +1154,14 @@ def load_args(run_dir: str) -> Args:
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-        return Args(**saved)
+        args = Args(**saved)
     except (AttributeError, TypeError, ValueError):
         fail(f"--resume {run_dir}: its args.json is not from this script")
+    missing = ", ".join(field.name for field in fields(Args) if field.name not in saved)
+    require(
+        not missing, f"--resume {run_dir}: its args.json is from an older version of this script, without {missing}"
+    )
+    return args
 
 
 def load_checkpoint(args: Args) -> dict[str, Any]:

@@ -499,6 +499,25 @@ def test_collecting_begins_anew_now_and_then_and_evaluating_does_not(script, tmp
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_what_cannot_be_evaluated_or_resumed_says_so(script, tmp_path, capsys, monkeypatch):
+    args = tiny(script, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # stopped while still acting at random
+        act = script.VectorEnv.random_action
+        patch.setattr(script.VectorEnv, "random_action", lambda envs: signal.raise_signal(signal.SIGTERM) or act(envs))
+        script.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    with pytest.raises(SystemExit) as exit:
+        script.main(script.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    assert exit.value.code == 2 and "before its first model was fitted" in capsys.readouterr().err
+    saved = json.loads((run_dir / "args.json").read_text())
+    del saved["reset_every"], saved["eval_every"]
+    (run_dir / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit) as exit:
+        script.parse_args(["--resume", str(run_dir)])
+    assert exit.value.code == 2 and "without reset_every, eval_every" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_data_and_learned_reward_of_any_environment(script, tmp_path):
     file = str(tmp_path / "data.pt")
     run(script, tiny(script, tmp_path / "a", save_data=file))
@@ -544,6 +563,32 @@ def test_a_video_is_written_without_a_display(tmp_path, env_id, monkeypatch):
     assert (run_dir / "videos" / "60.mp4").stat().st_size > 1000
 
 
+class Endless(gym.Env):
+    """Goes on for ever, cannot be drawn, and says about its reward whatever it is made with."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, render_mode=None, **formulas):
+        for name, formula in formulas.items():
+            setattr(self, name, formula)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 0.0, False, False, {}
+
+
+COLUMN = {"batch_reward": lambda o, a, n: n[..., :1], "batch_terminated": lambda n: n[..., 0] > 1}
+RAISES = {"batch_reward": lambda o, a, n: n[..., 0], "batch_terminated": lambda o, n: n[..., 0] > 1}
+gym.register("Endless-v0", Endless)
+gym.register("HalfKnown-v0", Endless, kwargs={"batch_reward": RAISES["batch_reward"]})
+gym.register("Column-v0", Endless, kwargs=COLUMN)
+gym.register("Raises-v0", Endless, kwargs=RAISES)
+
+
 @pytest.mark.parametrize(
     "script, changes, words",
     [
@@ -552,6 +597,12 @@ def test_a_video_is_written_without_a_display(tmp_path, env_id, monkeypatch):
         (rs, {"gamma": 0.0}, "--gamma"),
         (rs, {"env_id": "unbounded"}, "actions must be bounded"),
         (rs, {"reward": "known"}, "no formula for Pendulum-v1"),
+        (rs, {"num_envs": 40}, "--steps-per-iteration 20 is less than one step of --num-envs 40"),
+        (rs, {"env_id": "Endless-v0", "max_episode_steps": None}, "it has no time limit"),
+        (pets, {"env_id": "HalfKnown-v0"}, "batch_reward but not both"),
+        (rs, {"env_id": "Column-v0"}, "batch_reward of (2, 3, D) must be (2, 3), it is (2, 3, 1)"),
+        (cem, {"env_id": "Raises-v0"}, "batch_terminated failed on zeros"),
+        (cem, {"env_id": "Endless-v0", "capture_video": True}, "cannot be drawn"),
         (cem, {"num_elites": 20}, "--num-elites 20 of --num-candidates 20"),
         (cem, {"cem_alpha": 1.5}, "--cem-alpha"),
         (cem, {"start": "uniform"}, "--no-shift-plan"),

@@ -795,10 +795,8 @@ class Autoregressive(Policy):
         return -(self.shares(u).transpose(0, 1) * self.log_probs(x, u)).sum(dim=(0, 2))
 
     def decide(self, x: Tensor, sample: bool) -> Tensor:
-        u, bins = (
-            torch.zeros(len(x), self.action_dim, device=x.device),
-            torch.arange(len(self.centres), device=x.device),
-        )
+        u = torch.zeros(len(x), self.action_dim, device=x.device)
+        bins = torch.arange(len(self.centres), device=x.device)
         for i in range(self.action_dim):
             p = self.log_probs(x, u)[i].exp()  # (B, bins)
             if sample:
@@ -1217,11 +1215,9 @@ def main(args: Args) -> dict[str, float]:
                 progress["step"] += 1
                 progress["fit_step"] = step = progress["fit_step"] + 1
                 loss = train_batch(policy, optimizer, obs, action, args.batch_size, args.input_noise)
-                decay = min(
-                    args.ema_decay, progress["step"] / (progress["step"] + 10)
-                )  # at first it has little to remember
+                warm = progress["step"] / (progress["step"] + 10)  # at first there is little to remember
                 with torch.no_grad():
-                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - decay)
+                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - min(args.ema_decay, warm))
                 durations.append(time.perf_counter() - begin)
                 bar.update()
                 due, save = (

@@ -37,8 +37,7 @@ Pseudocode:
 
 Episodes are cut short now and then while collecting (--reset-every), because a planner can only be as good as the model
 is where it stands. Five whole episodes of random actions show five times how HalfCheetah-v5 stands up; the plans of a
-model that has seen no more begin with a somersault, and the rest of the episode is spent on the back: at 1.4 m/s after
-10,000 steps (seed 1), where it runs at 3.3 m/s if there were fifty beginnings among the random steps, and more later.
+model that has seen no more mostly begin with a somersault, and the rest of the episode is spent on the back.
 
 The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, section 3):
 
@@ -48,7 +47,8 @@ The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, s
                         noise averages out and the body only trembles; where they are long (50 ms), slow noise is too
                         slow for it: on HalfCheetah-v5's true dynamics 120 steps earn 763, 552, 381 and 309 with β 0,
                         0.25, 0.5 and 1 (seed 1, one episode each: the --true-dynamics command below with
-                        --initial-steps 10 --train-steps 1 --eval-episodes 1 --max-episode-steps 120)
+                        --num-candidates 250 --initial-steps 10 --train-steps 1 --eval-episodes 1
+                        --max-episode-steps 120)
     --candidate-decay   K shrinks by this factor each iteration: a narrow Gaussian needs fewer samples than a wide one
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and ε at ±2 (PETS): no pile of samples on the bounds

@@ -18,17 +18,22 @@ iteration by iteration, towards the best ones found so far. For each environment
 σ for every action of the horizon (H, A):
 
     a_k = clip(μ + σ ε_k),  ε_k ~ N(0, I),   k = 1 .. K                                                         (1)
-    G_k = mean over members e of Σ_t γ^t r(ŝ_t, a_k,t, ŝ_{t+1}),   ŝ_0 = s,  ŝ_{t+1} = model_e(ŝ_t, a_k,t)      (2)
+    G_k = mean over members e of Σ_t<H γ^t r(ŝ_t, a_k,t, ŝ_{t+1}) + γ^H V(ŝ_H),
+          where ŝ_0 = s,  ŝ_{t+1} = model_e(ŝ_t, a_k,t)                                                         (2)
     elites = the J sequences with the largest G_k
     μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                        (3)
 
 M times over; then the first action of μ (or of the best sequence) is executed, and all is planned anew one step later.
+V is what the episodes seen so far went on to earn. Over all transitions (s, r, s') of the buffer, with V̄ the running
+mean of V itself:
+
+    V <- argmin Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone if the step ended the episode                     (4)
 
 Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
-        fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py)
+        fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py), and V (equation 4)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
             μ, kept elites <- last step's, shifted by one;  σ <- start_std
@@ -39,6 +44,11 @@ Episodes are cut short now and then while collecting (--reset-every), because a 
 is where it stands. Five whole episodes of random actions show five times how HalfCheetah-v5 stands up; the plans of a
 model that has seen no more mostly begin with a somersault, and the rest of the episode is spent on the back.
 
+A horizon is short. HalfCheetah-v5 starts fastest by a somersault, with the true dynamics as with a model, and that it
+then lies on its back is beyond the horizon. V knows: it has seen what became of those that did. It is the value of what
+was done, not of the best that could be, and so it keeps to where episodes have gone well; the planner does better than
+V expects, its data make the next V, and so on (--no-terminal-value goes without, and wants a longer --horizon).
+
 The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, section 3):
 
     --shift-plan        start from the last step's plan, one step on: the world has moved by one step only
@@ -47,8 +57,8 @@ The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, s
                         noise averages out and the body only trembles; where they are long (50 ms), slow noise is too
                         slow for it: on HalfCheetah-v5's true dynamics 120 steps earn 763, 552, 381 and 309 with β 0,
                         0.25, 0.5 and 1 (seed 1, one episode each: the --true-dynamics command below with
-                        --num-candidates 250 --initial-steps 10 --train-steps 1 --eval-episodes 1
-                        --max-episode-steps 120)
+                        --num-candidates 250 --horizon 20 --gamma 1 --no-terminal-value --initial-steps 10
+                        --train-steps 1 --eval-episodes 1 --max-episode-steps 120)
     --candidate-decay   K shrinks by this factor each iteration: a narrow Gaussian needs fewer samples than a wide one
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and ε at ±2 (PETS): no pile of samples on the bounds
@@ -59,7 +69,8 @@ The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1
     python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan \
         --candidate-decay 1 --no-mean-candidate --num-candidates 1_000 --horizon 15 --ensemble-size 3 \
         --num-layers 2 --hidden-size 250 --activation tanh --train-steps 1_500 --batch-size 512 \
-        --steps-per-iteration 5_000 --num-iterations 5 --reset-every None --no-wrap-angles
+        --steps-per-iteration 5_000 --num-iterations 5 --reset-every None --no-wrap-angles --num-envs 1 \
+        --no-terminal-value --gamma 1
 
 Usage:
 
@@ -81,8 +92,9 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised for their horizon, mean over the evaluation
-    eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
+    eval/predicted_return       what the last elites promised (equation 2), mean over the evaluation
+    eval/realised_return        what the environment paid over the same horizons, and the value of where that led; below
+                                the promise: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
@@ -92,8 +104,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     time/env_s                  seconds of the collection, planning included
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (CEM on an ensemble); Pinneri et al. 2020, iCEM, arXiv 2008.06389 (the
-refinements); Nagabandi et al. 2019, PDDM, arXiv 1909.11652. Both papers write their momentum as the weight of the old
-mean; here α is the weight of the new one.
+refinements); Lowrey et al. 2019, POLO, arXiv 1811.01848 (a value at the end of the plan). PETS and iCEM write their
+momentum as the weight of the old mean; here α is the weight of the new one.
 """
 
 import copy
@@ -170,7 +182,7 @@ class Args:
     """time limit of an episode; None leaves the environment's own"""
 
     # Data
-    num_envs: int = 1
+    num_envs: int = 5
     """environments stepped in parallel"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
@@ -220,7 +232,7 @@ class Args:
     """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
 
     # Planning
-    horizon: int = 20
+    horizon: int = 10
     """steps planned ahead"""
     num_candidates: int = 100
     """action sequences tried at each step (and in each iteration of CEM)"""
@@ -250,8 +262,10 @@ class Args:
     """execute the first action of the final mean or of the best sequence"""
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
-    gamma: float = 1.0
+    gamma: float = 0.95
     """discount factor; 1 sums the rewards"""
+    terminal_value: bool = True
+    """a plan also earns the learned value of the state in which it ends"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
 
@@ -314,6 +328,8 @@ def check_args(args: Args) -> None:
     contrary = args.start == "uniform" and args.shift_plan
     require(not contrary, "--start uniform forgets the last plan: give --no-shift-plan with it")
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
+    endless = args.terminal_value and args.gamma == 1
+    require(not endless, "--gamma 1: a sum without end has no value; give --no-terminal-value with it")
     short = f"--steps-per-iteration {args.steps_per_iteration} is less than one step of --num-envs {args.num_envs}"
     require(args.steps_per_iteration >= args.num_envs, short)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
@@ -732,6 +748,41 @@ class Ensemble(DynamicsModel):
         return (output[..., : self.num_targets] - target).square().mean(dim=(1, 2))
 
 
+class Value(nn.Module):
+    """V(s) of equation 4, as V = (mean + std · network(normalised s)) / (1 - γ) with the reward's mean and std."""
+
+    def __init__(self, model: DynamicsModel, hidden_size: int, activation: str, gamma: float):
+        super().__init__()
+        self.see, self.gamma = model.inputs, gamma
+        num_inputs = model.mlp.weights[0].shape[1] - model.action_dim
+        self.input_normaliser, self.reward_normaliser = Normaliser(num_inputs), Normaliser(1)
+        self.mlp = StackedMLP(1, [num_inputs, hidden_size, hidden_size, 1], activation)
+        self.slow = copy.deepcopy(self.mlp)  # the running mean of the network: what it learns from and is used
+
+    def data(self, buffer: ReplayBuffer, fit: bool) -> dict[str, Tensor]:
+        """The whole buffer as the network sees it."""
+        rows: dict[str, Tensor] = {name: column[: buffer.size] for name, column in buffer.columns().items()}
+        obs, next_obs = (self.see(rows[name], rows[name][:, :0]) for name in ("obs", "next_obs"))
+        if fit:
+            self.input_normaliser.fit(obs)
+            self.reward_normaliser.fit(rows["reward"][:, None])
+        data = {"obs": self.input_normaliser(obs), "next_obs": self.input_normaliser(next_obs)}
+        return data | {"reward": rows["reward"][:, None], "goes_on": 1 - rows["terminated"][:, None]}
+
+    def loss(self, obs: Tensor, next_obs: Tensor, reward: Tensor, goes_on: Tensor) -> Tensor:  # (N, ..) each
+        with torch.no_grad():
+            target = reward + self.gamma * goes_on * self.inverse(self.slow(next_obs[None])[0])
+            target = self.reward_normaliser((1 - self.gamma) * target)
+        return (self.mlp(obs[None])[0] - target).square().mean()
+
+    def inverse(self, output: Tensor) -> Tensor:
+        return self.reward_normaliser.inverse(output) / (1 - self.gamma)
+
+    def forward(self, obs: Tensor) -> Tensor:  # (.., D) -> (..)
+        x = self.input_normaliser(self.see(obs, obs[..., :0]))
+        return self.inverse(self.slow(x.reshape(1, -1, x.shape[-1]))).reshape(obs.shape[:-1])
+
+
 # ------------------------------------------------------------------------------------------------------ algorithm
 
 
@@ -773,12 +824,25 @@ def check_finite(losses: Tensor, model: DynamicsModel, step: int, run_dir: Path)
         sys.exit(f"non-finite {bad[0]} at or before gradient step {step}; {last}; try a smaller --learning-rate")
 
 
+def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], batch_size: int) -> None:
+    """One gradient step towards equation 4; the running mean follows."""
+    index = torch.randint(len(data["obs"]), (batch_size,), device=data["obs"].device)
+    optimizer.zero_grad()
+    value.loss(**{name: column[index] for name, column in data.items()}).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for slow, weight in zip(value.slow.parameters(), value.mlp.parameters(), strict=True):
+            slow.lerp_(weight, 0.005)
+
+
 CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
 
 
+# Differs: the state at the end of the plan has a value
 def imagined_returns(
-    model: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, gamma: float, obs: Tensor, candidates: Tensor
-) -> Tensor:
+    model: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, gamma: float, obs: Tensor, candidates: Tensor,
+    value: Value | None = None,
+) -> Tensor:  # fmt: skip
     """Equation 2: roll every candidate (B, K, H, A) out from obs (B, D) in every member; mean returns (B, K)."""
     B, K, H, A = candidates.shape
     E = model.ensemble_size
@@ -799,6 +863,8 @@ def imagined_returns(
             returns = returns + gamma**t * torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
             alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
             state = next_state
+        if value:
+            returns = returns + gamma**H * torch.where(alive > 0, value(state), 0)
         found.append(returns.mean(dim=0))
     return torch.cat(found).view(B, K)
 
@@ -895,8 +961,9 @@ class Planner:
 
 
 def simulated_returns(
-    envs: VectorEnv, formulas: tuple[RewardFn, TerminatedFn], gamma: float, obs: Tensor, candidates: Tensor
-) -> Tensor:
+    envs: VectorEnv, formulas: tuple[RewardFn, TerminatedFn], gamma: float, obs: Tensor, candidates: Tensor,
+    value: Value | None = None,
+) -> Tensor:  # fmt: skip
     """Equation 2 with MuJoCo in place of the model: candidates (B, K, H, A) -> returns (B, K)."""
     from mujoco import MjData, mj_getState, mj_stateSize, mjtState, rollout
 
@@ -917,8 +984,9 @@ def simulated_returns(
         size = task.model.nq + task.model.nv
         seen[..., :size] = torch.from_numpy(states[..., 1 : 1 + size])
         reward, over = formulas[0](seen[:, :-1], plans.cpu(), seen[:, 1:]), formulas[1](seen[:, 1:])  # (K, H)
-        alive = torch.cat([torch.ones(K, 1), (~over).float().cumprod(dim=1)[:, :-1]], dim=1)
-        returns.append((gamma ** torch.arange(H) * alive * reward).sum(dim=1))
+        alive = torch.cat([torch.ones(K, 1), (~over).float().cumprod(dim=1)], dim=1)
+        found = (gamma ** torch.arange(H) * alive[:, :-1] * reward).sum(dim=1)
+        returns.append(found + gamma**H * alive[:, -1] * value(seen[:, -1].to(obs)).cpu() if value else found)
     return torch.stack(returns).to(obs)
 
 
@@ -991,14 +1059,18 @@ def novelty(model: DynamicsModel, buffer: ReplayBuffer, first: int) -> dict[str,
     return {"model/holdout_mse": error, "model/disagreement": output.std(dim=0, correction=0).mean().item()}
 
 
+# Differs: plans promise the value of the state in which they end, too
 def promise_kept(
-    promised: np.ndarray, rewards: np.ndarray, alive: np.ndarray, terminated: np.ndarray, args: Args
+    promised: np.ndarray, rewards: np.ndarray, alive: np.ndarray, terminated: np.ndarray, values: np.ndarray, args: Args
 ) -> dict[str, float]:
-    """What plans promised (T, B) against the reward of the next H steps, wherever the episode lasted that long."""
+    """What plans promised (T, B) against the reward of the next H steps and the value of the state that they led to
+    (values (T, B) are those after each step), wherever the episode lasted that long."""
     horizon = min(args.horizon, len(rewards))
     discounts = args.gamma ** np.arange(horizon)
     windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, 0 * rewards]), horizon, axis=0)
     realised = (windows * discounts).sum(axis=-1)[: len(rewards)]  # (T, B)
+    ends = np.where(np.logical_or.accumulate(terminated, axis=0), 0, values)
+    realised += args.gamma**horizon * np.concatenate([ends, 0 * ends])[horizon - 1 :][: len(ends)]
     # A plan that the time limit cut short was not given the time to keep its promise; one that fell was.
     whole = alive & (
         np.concatenate([alive, 0 * alive])[horizon - 1 :][: len(alive)].astype(bool) | terminated.any(axis=0)
@@ -1027,6 +1099,7 @@ def describe(metrics: dict[str, float], returns: list[float]) -> str:
     return text
 
 
+# Differs: the value of what was reached belongs to what was promised
 def evaluate(
     args: Args,
     make_planner: Callable[[VectorEnv], Planner],
@@ -1034,13 +1107,14 @@ def evaluate(
     device: torch.device,
     video: Path | None,
     leave: Callable[[], None],
+    value: Value | None,
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, side by side in one planning call a step; the same seeds each time, none of them trained on."""
     seed = args.seed + 1_000_000
     kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
     envs = VectorEnv(args.env_id, episodes, seed, **kwargs)
     planner = make_planner(envs)
-    frames, promised, rewards, alive, terminated = [], [], [], [np.ones(episodes, bool)], []
+    frames, promised, rewards, alive, terminated, values = [], [], [], [np.ones(episodes, bool)], [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while alive[-1].any():
@@ -1049,12 +1123,14 @@ def evaluate(
             if video and alive[-1][0]:
                 frames.append(envs.envs[0].render())
             episode = envs.episode
-            _, reward, over = envs.step(action.cpu().numpy())
+            next_obs, reward, over = envs.step(action.cpu().numpy())
             planner.reset(envs.episode != episode)
             promised.append(promise.cpu().numpy())
             rewards.append(reward * alive[-1])  # after its first episode an environment is only kept company
             terminated.append(over & alive[-1])
             alive.append(alive[-1] & (envs.episode == episode))
+            with torch.no_grad():
+                values.append(value(torch.from_numpy(next_obs).to(device)).cpu().numpy() if value else 0 * reward)
     for env in envs.envs:
         env.close()
     if video:
@@ -1062,7 +1138,7 @@ def evaluate(
     returns, lengths = np.sum(rewards, axis=0), np.sum(alive[:-1], axis=0)
     metrics = {"eval/episodic_return": returns.mean().item(), "eval/episodic_length": lengths.mean().item()}
     metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
-    arrays = (np.array(promised), np.array(rewards), np.array(alive[:-1]), np.array(terminated))
+    arrays = (np.array(promised), np.array(rewards), np.array(alive[:-1]), np.array(terminated), np.array(values))
     return metrics | planner.diagnostics() | promise_kept(*arrays, args), returns.tolist()
 
 
@@ -1241,20 +1317,24 @@ def parse_args(command_line: list[str] | None = None) -> Args:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
+# Differs: the value is fitted, too
 def fit_model(
-    args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, log: Logger,
-    checkpointer: Checkpointer,
+    args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, value: Value | None,
+    value_optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, log: Logger, checkpointer: Checkpointer,
 ) -> None:  # fmt: skip
-    """`train_steps` gradient steps on everything collected so far."""
+    """`train_steps` gradient steps of each on everything collected so far."""
     progress, rows = checkpointer.progress, torch.arange(buffer.size, device=buffer.obs.device)
     if progress["fit_step"] == 0:
         progress["fitted"] = buffer.size
     x, y = model.regression_data(buffer, rows, fit=progress["fit_step"] == 0)
+    data = value.data(buffer, fit=progress["fit_step"] == 0) if value else {}
     bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc="fit", unit="step", leave=False)
     begin, dtype = time.perf_counter(), getattr(torch, args.train_dtype)
     while progress["fit_step"] < args.train_steps:
         progress["fit_step"] = step = progress["fit_step"] + 1
         loss = train_step(model, optimizer, x, y, args.batch_size, args.input_noise, dtype)  # (E,)
+        if value:
+            value_step(value, value_optimizer, data, args.batch_size)
         save, last = step % args.checkpoint_every == 0, step == args.train_steps
         read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
         if read:
@@ -1358,6 +1438,8 @@ def main(args: Args) -> dict[str, float]:
     shape |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
     model = Ensemble(obs_dim, action_dim, **shape).to(device)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+    value = Value(model, args.hidden_size, args.activation, args.gamma).to(device) if args.terminal_value else None
+    value_optimizer = torch.optim.Adam((value or model).parameters(), args.learning_rate)
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": False, "seconds": 0.0, "metrics": {}}
@@ -1367,13 +1449,14 @@ def main(args: Args) -> dict[str, float]:
     fast = planning_copy(model, progress["dtype"])
 
     def make_planner(envs: VectorEnv) -> Planner:
-        imagine: Imagine = partial(imagined_returns, fast, formulas, args.gamma)
+        imagine: Imagine = partial(imagined_returns, fast, formulas, args.gamma, value=value)
         if args.true_dynamics and formulas:
-            imagine = partial(simulated_returns, envs, formulas, args.gamma)
+            imagine = partial(simulated_returns, envs, formulas, args.gamma, value=value)
         return Planner(args, imagine, low, high, len(envs.envs))
 
     planner = make_planner(envs)
     parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
+    parts |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             checkpointer.restore(checkpoint)
@@ -1382,7 +1465,7 @@ def main(args: Args) -> dict[str, float]:
             require(fitted, f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without")
             refresh(fast, model)
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)
+            again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave, value)
             print(f"{run_dir}: {describe(again, returns)}")
             return again
         log = Logger(run_dir, args, buffer.size if checkpoint else None)
@@ -1393,7 +1476,7 @@ def main(args: Args) -> dict[str, float]:
             save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})
         while True:
             iteration, last = progress["iteration"], progress["iteration"] >= args.num_iterations - 1
-            fit_model(args, model, optimizer, buffer, log, checkpointer)
+            fit_model(args, model, optimizer, value, value_optimizer, buffer, log, checkpointer)
             refresh(fast, model)
             collected = iteration * args.steps_per_iteration
             due = last or collected % args.eval_every < args.steps_per_iteration
@@ -1401,7 +1484,9 @@ def main(args: Args) -> dict[str, float]:
                 checkpointer.save()
                 video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
                 episodes = args.eval_episodes if last else args.interim_episodes
-                progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
+                progress["metrics"], returns = evaluate(
+                    args, make_planner, episodes, device, video, checkpointer.leave, value
+                )
                 log.scalars(progress["metrics"], buffer.size)
                 print(
                     f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True

@@ -403,6 +403,90 @@ def test_true_dynamics_predict_what_the_simulator_does():
             assert returns[b, k].item() == pytest.approx(paid, abs=0.02)
 
 
+# ------------------------------------------------------------------------------------------- the value of a plan's end
+
+
+def filled_value(steps: int = 0) -> tuple[cem.Value, cem.ReplayBuffer]:
+    """A corridor 0, 1, 2, 3: each step pays 5 plus the place that it leaves; the one from 3 ends it."""
+    torch.manual_seed(0)
+    model = cem.Ensemble(1, 1, 2, 1, 8, "tanh", False, 0)
+    value = cem.Value(model, 16, "tanh", gamma=0.8)
+    buffer = cem.ReplayBuffer(40, 1, 1, torch.device("cpu"))
+    place = np.tile(np.arange(4.0), 10)
+    buffer.add(
+        obs=place[:, None], action=0 * place[:, None], next_obs=place[:, None] + 1, reward=5 + place,
+        terminated=place == 3, episode=np.repeat(np.arange(10), 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(value.parameters(), 1e-2)
+    data = value.data(buffer, fit=True)
+    for _ in range(steps):
+        cem.value_step(value, optimizer, data, 40)
+    return value, buffer
+
+
+def test_the_value_becomes_the_discounted_sum_of_what_follows():
+    value, _ = filled_value(steps=3000)
+    expected = [5 + 0.8 * (6 + 0.8 * (7 + 0.8 * 8)), 6 + 0.8 * (7 + 0.8 * 8), 7 + 0.8 * 8, 8.0]
+    found = value(torch.arange(4.0).view(2, 2, 1))  # any leading shape
+    torch.testing.assert_close(found, torch.tensor(expected).view(2, 2), atol=0.15, rtol=0)
+
+
+def test_one_step_of_the_value_moves_its_network_and_its_running_mean_a_little():
+    value, buffer = filled_value()
+    before = {name: tensor.clone() for name, tensor in value.state_dict().items()}
+    cem.value_step(value, torch.optim.Adam(value.parameters(), 1e-2), value.data(buffer, fit=False), 40)
+    after = value.state_dict()
+    for name, tensor in before.items():
+        if name.startswith("slow"):
+            expected = tensor.lerp(after[name.replace("slow", "mlp")], 0.005)
+            torch.testing.assert_close(after[name], expected)
+            assert not torch.equal(after[name], tensor)
+        else:
+            assert torch.equal(after[name], tensor) != name.startswith("mlp")
+
+
+@pytest.mark.parametrize("true", [False, True])
+def test_a_plan_is_paid_the_value_of_its_end_unless_it_has_ended_before(true):
+    """Plans of three steps, one of them over after the second."""
+    value, _ = filled_value()
+    worth = lambda state: value(state[..., :1])  # noqa: E731
+    if true:
+        envs = cem.VectorEnv("InvertedPendulum-v5", 1, seed=0)
+        formulas = cem.known_formulas(envs.envs[0])
+        obs = torch.from_numpy(envs.obs)
+        candidates = torch.zeros(1, 2, 3, 1)
+        rollout = lambda formulas, value=None: cem.simulated_returns(  # noqa: E731
+            envs, formulas, 0.9, obs, candidates, value
+        )
+        copy = cem.VectorEnv("InvertedPendulum-v5", 1, seed=0)
+        end = torch.from_numpy([copy.envs[0].step(np.zeros(1))[0] for _ in range(3)][-1]).float()
+    else:
+        model = cem.Ensemble(1, 1, 1, 1, 8, "tanh", False, 0)
+        model.predict = lambda obs, action: (obs + 1, None, None)
+        formulas = (lambda o, a, n: n[..., 0], lambda n: n[..., 0] > 1e9)
+        rollout = lambda formulas, value=None: cem.imagined_returns(  # noqa: E731
+            model, formulas, 0.9, torch.zeros(1, 1), torch.zeros(1, 2, 3, 1), value
+        )
+        end = torch.tensor([3.0])
+    plain, paid = rollout(formulas), rollout(formulas, worth)
+    expected = (plain + 0.9**3 * worth(end)).tolist()
+    assert paid.tolist() == [pytest.approx(expected[0], abs=1e-5)] and abs(paid - plain).min() > 0.01
+    never = (formulas[0], lambda n: torch.ones(n.shape[:-1], dtype=torch.bool))
+    assert torch.equal(rollout(never), rollout(never, worth))
+
+
+def test_promises_are_held_against_the_value_that_was_reached():
+    """Four steps of one environment, a horizon of two; the second environment falls at its third step."""
+    args = cem.Args(horizon=2, gamma=0.5)
+    rewards, values = np.array([[1.0, 1], [2, 2], [3, 3], [4, 0]]), np.array([[10.0, 10], [20, 20], [30, 99], [40, 99]])
+    alive = np.array([[1, 1], [1, 1], [1, 1], [1, 0]], bool)
+    terminated = np.array([[0, 0], [0, 0], [0, 1], [0, 0]], bool)
+    found = cem.promise_kept(np.ones((4, 2)), rewards, alive, terminated, values, args)["eval/realised_return"]
+    first = [1 + 0.5 * 2 + 0.25 * 20, 2 + 0.5 * 3 + 0.25 * 30, 3 + 0.5 * 4 + 0.25 * 40]
+    second = [1 + 0.5 * 2 + 0.25 * 20, 2 + 0.5 * 3, 3.0]  # a plan that led to the fall is worth what it was paid
+    assert found == pytest.approx(np.mean(first + second))
+
+
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -606,6 +690,7 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (cem, {"num_elites": 20}, "--num-elites 20 of --num-candidates 20"),
         (cem, {"cem_alpha": 1.5}, "--cem-alpha"),
         (cem, {"start": "uniform"}, "--no-shift-plan"),
+        (cem, {"gamma": 1.0}, "--no-terminal-value"),
         (cem, {"keep_elites": 1.5}, "--keep-elites"),
         (cem, {"true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
     ],

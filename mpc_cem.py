@@ -56,9 +56,9 @@ The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, s
     --noise-beta        draw noise whose power falls as f^-β over the horizon: where steps are short (10 ms), white
                         noise averages out and the body only trembles; where they are long (50 ms), slow noise is too
                         slow for it: on HalfCheetah-v5's true dynamics 120 steps earn 763, 552, 381 and 309 with β 0,
-                        0.25, 0.5 and 1 (seed 1, one episode each: the --true-dynamics command below with
-                        --num-candidates 250 --horizon 20 --gamma 1 --no-terminal-value --initial-steps 10
-                        --train-steps 1 --eval-episodes 1 --max-episode-steps 120)
+                        0.25, 0.5 and 1 (seed 1, one episode each: --true-dynamics --num-iterations 1 --initial-steps 10
+                        --train-steps 1 --num-candidates 250 --horizon 20 --gamma 1 --no-terminal-value
+                        --eval-episodes 1 --max-episode-steps 120)
     --candidate-decay   K shrinks by this factor each iteration: a narrow Gaussian needs fewer samples than a wide one
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and ε at ±2 (PETS): no pile of samples on the bounds
@@ -78,7 +78,8 @@ Usage:
     python mpc_cem.py --env-id Pendulum-v1 --capture-video
     python mpc_cem.py --resume RUN_DIR                 # go on exactly where it stopped
     python mpc_cem.py --resume RUN_DIR --eval-only     # the evaluation of that run again
-    python mpc_cem.py --env-id HalfCheetah-v5 --true-dynamics --num-iterations 1    # is it the planner or the model?
+    python mpc_cem.py --resume RUN_DIR --eval-only --true-dynamics    # is it the planner or the model?
+    python mpc_cem.py --resume RUN_DIR --eval-only --num-candidates 300    # what would more candidates have earned?
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -1262,6 +1263,10 @@ class Checkpointer:
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
 MAY_CHANGE |= {"interim_episodes"}
+# Evaluating writes nothing, and may try another plan with the same model.
+MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start"}
+MAY_CHANGE_TO_EVALUATE |= {"start_std", "shift_plan", "keep_elites", "noise_beta", "candidate_decay", "mean_candidate"}
+MAY_CHANGE_TO_EVALUATE |= {"bounded_sampling", "execute", "true_dynamics", "terminal_value", "planner_dtype"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1281,14 +1286,16 @@ def load_args(run_dir: str) -> Args:
     return args
 
 
+# Differs: an evaluation may plan in another way
 def load_checkpoint(args: Args) -> dict[str, Any]:
     """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
     assert args.resume is not None
     saved_args = asdict(load_args(args.resume))
+    may_change = MAY_CHANGE | (MAY_CHANGE_TO_EVALUATE if args.eval_only else set())
     for name, value in asdict(args).items():
         was = saved_args[name]
         message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
-        require(name in MAY_CHANGE or value == was, message)
+        require(name in may_change or value == was, message)
     path = Path(args.resume) / "checkpoint.pt"
     require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
     try:

@@ -1145,6 +1145,9 @@ class Checkpointer:
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
 MAY_CHANGE |= {"interim_episodes"}
+# Evaluating writes nothing, and may try another plan with the same model.
+MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start_std"}
+MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "planner_dtype"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1164,14 +1167,16 @@ def load_args(run_dir: str) -> Args:
     return args
 
 
+# Differs: an evaluation may plan in another way
 def load_checkpoint(args: Args) -> dict[str, Any]:
     """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
     assert args.resume is not None
     saved_args = asdict(load_args(args.resume))
+    may_change = MAY_CHANGE | (MAY_CHANGE_TO_EVALUATE if args.eval_only else set())
     for name, value in asdict(args).items():
         was = saved_args[name]
         message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
-        require(name in MAY_CHANGE or value == was, message)
+        require(name in may_change or value == was, message)
     path = Path(args.resume) / "checkpoint.pt"
     require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
     try:

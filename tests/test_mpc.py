@@ -1,6 +1,7 @@
 """The planners: plans against slow references, formulas against the simulator, runs. Particles: test_pets.py."""
 
 import csv
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -505,6 +506,29 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(script,
     again = script.main(script.parse_args(["--resume", str(run_dir), "--eval-only"]))
     assert again == {name: value for name, value in result.items() if name != "minutes"}
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_path, capsys):
+    result, run_dir = run(script, tiny(script, tmp_path, num_iterations=1))
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    other = ["--resume", str(run_dir), "--horizon", "3", "--num-candidates", "30"]
+    again = script.main(script.parse_args([*other, "--eval-only"]))
+    assert again["eval/episodic_return"] != result["eval/episodic_return"]
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+    for words in (other, ["--resume", str(run_dir), "--eval-only", "--gamma", "0.5"]):
+        with pytest.raises(SystemExit) as exit:
+            script.main(script.parse_args(words))
+        assert exit.value.code == 2 and "cannot change to" in capsys.readouterr().err
+    assert {field.name for field in dataclasses.fields(script.Args)} >= script.MAY_CHANGE_TO_EVALUATE
+
+
+def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):
+    changes = dict(env_id="HalfCheetah-v5", initial_steps=20, num_iterations=1, train_steps=1)
+    result, run_dir = run(cem, tiny(cem, tmp_path, **changes))
+    again = cem.main(cem.parse_args(["--resume", str(run_dir), "--eval-only", "--true-dynamics"]))
+    gap = lambda found: abs(found["eval/predicted_return"] - found["eval/realised_return"])  # noqa: E731
+    assert gap(again) < gap(result)
 
 
 def stop_at(monkeypatch, script, place: str, call: int) -> None:

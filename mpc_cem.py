@@ -18,22 +18,22 @@ iteration by iteration, towards the best ones found so far. For each environment
 σ for every action of the horizon (H, A):
 
     a_k = clip(μ + σ ε_k),  ε_k ~ N(0, I),   k = 1 .. K                                                         (1)
-    G_k = mean over members e of Σ_t<H γ^t r(ŝ_t, a_k,t, ŝ_{t+1}) + γ^H V(ŝ_H),
+    G_k = mean over members e of Σ_t<H γ^t r(ŝ_t, a_k,t, ŝ_{t+1}) + γ^H V̄(ŝ_H),
           where ŝ_0 = s,  ŝ_{t+1} = model_e(ŝ_t, a_k,t)                                                         (2)
     elites = the J sequences with the largest G_k
     μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                        (3)
 
 M times over; then the first action of μ (or of the best sequence) is executed, and all is planned anew one step later.
-V is what the episodes seen so far went on to earn. Over all transitions (s, r, s') of the buffer, with V̄ the running
-mean of V itself:
+V is the discounted return that the episodes seen so far went on to earn. It is learned from all transitions (s, r, s')
+of the buffer; V̄ is the same network with a running mean of its weights:
 
-    V <- argmin Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone if the step ended the episode                     (4)
+    minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
 Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
-        fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py), and V (equation 4)
+        fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py), V by as many of (4)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
             μ, kept elites <- last step's, shifted by one;  σ <- start_std
@@ -83,7 +83,7 @@ Usage:
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
-more outputs of the ensemble. A candidate earns nothing after a step that is predicted to end the episode.
+more outputs of the ensemble. After a step that is predicted to end the episode a candidate earns nothing, and no V.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
 
@@ -93,11 +93,12 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised (equation 2), mean over the evaluation
+    eval/predicted_return       what the last elites promised (equation 2), mean over the steps whose horizon was lived
     eval/realised_return        what the environment paid over the same horizons, and the value of where that led; below
                                 the promise: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
+    model/value_loss            the same of V (in units of the reward's variance; with --terminal-value)
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
     model/disagreement          std over the members of the same predictions
     time/plan_ms                milliseconds of one planning call (all environments), median over the collection
@@ -329,8 +330,8 @@ def check_args(args: Args) -> None:
     contrary = args.start == "uniform" and args.shift_plan
     require(not contrary, "--start uniform forgets the last plan: give --no-shift-plan with it")
     require(0 < args.gamma <= 1, f"--gamma must lie in (0, 1], got {args.gamma}")
-    endless = args.terminal_value and args.gamma == 1
-    require(not endless, "--gamma 1: a sum without end has no value; give --no-terminal-value with it")
+    endless = f"--gamma {args.gamma}: sums of {1 / max(1 - args.gamma, 1e-9):.0f} steps and more are not learned"
+    require(args.gamma <= 0.999 or not args.terminal_value, f"{endless}; give --no-terminal-value with it")
     short = f"--steps-per-iteration {args.steps_per_iteration} is less than one step of --num-envs {args.num_envs}"
     require(args.steps_per_iteration >= args.num_envs, short)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
@@ -750,15 +751,24 @@ class Ensemble(DynamicsModel):
 
 
 class Value(nn.Module):
-    """V(s) of equation 4, as V = (mean + std · network(normalised s)) / (1 - γ) with the reward's mean and std."""
+    """V(s) of equation 4, as V = (mean + std · network(normalised s)) / (1 - γ) with the reward's mean and std.
+
+    Kept within what rewards as large or as small as any that was seen would sum to: where an episode was cut short, V
+    learns from a state that it never learns about, and could talk itself up.
+    """
+
+    lowest: Tensor
+    highest: Tensor
 
     def __init__(self, model: DynamicsModel, hidden_size: int, activation: str, gamma: float):
         super().__init__()
         self.see, self.gamma = model.inputs, gamma
         num_inputs = model.mlp.weights[0].shape[1] - model.action_dim
         self.input_normaliser, self.reward_normaliser = Normaliser(num_inputs), Normaliser(1)
+        self.register_buffer("lowest", torch.zeros(()))
+        self.register_buffer("highest", torch.zeros(()))
         self.mlp = StackedMLP(1, [num_inputs, hidden_size, hidden_size, 1], activation)
-        self.slow = copy.deepcopy(self.mlp)  # the running mean of the network: what it learns from and is used
+        self.slow = copy.deepcopy(self.mlp)  # V̄: its weights are the running mean; targets and plans use this one
 
     def data(self, buffer: ReplayBuffer, fit: bool) -> dict[str, Tensor]:
         """The whole buffer as the network sees it."""
@@ -766,9 +776,20 @@ class Value(nn.Module):
         obs, next_obs = (self.see(rows[name], rows[name][:, :0]) for name in ("obs", "next_obs"))
         if fit:
             self.input_normaliser.fit(obs)
-            self.reward_normaliser.fit(rows["reward"][:, None])
+            self.fit_rewards(rows["reward"][:, None])
         data = {"obs": self.input_normaliser(obs), "next_obs": self.input_normaliser(next_obs)}
         return data | {"reward": rows["reward"][:, None], "goes_on": 1 - rows["terminated"][:, None]}
+
+    @torch.no_grad()
+    def fit_rewards(self, reward: Tensor) -> None:
+        """New units for the same values: the last layers are rescaled with them."""
+        mean, std = self.reward_normaliser.mean.clone(), self.reward_normaliser.std.clone()
+        self.reward_normaliser.fit(reward)
+        for net in (self.mlp, self.slow):
+            net.weights[-1] *= std / self.reward_normaliser.std
+            net.biases[-1].copy_(self.reward_normaliser(net.biases[-1] * std + mean))
+        self.lowest.copy_(reward.min().clamp(max=0) / (1 - self.gamma))  # an episode that has ended earns 0
+        self.highest.copy_(reward.max().clamp(min=0) / (1 - self.gamma))
 
     def loss(self, obs: Tensor, next_obs: Tensor, reward: Tensor, goes_on: Tensor) -> Tensor:  # (N, ..) each
         with torch.no_grad():
@@ -777,7 +798,7 @@ class Value(nn.Module):
         return (self.mlp(obs[None])[0] - target).square().mean()
 
     def inverse(self, output: Tensor) -> Tensor:
-        return self.reward_normaliser.inverse(output) / (1 - self.gamma)
+        return (self.reward_normaliser.inverse(output) / (1 - self.gamma)).clamp(self.lowest, self.highest)
 
     def forward(self, obs: Tensor) -> Tensor:  # (.., D) -> (..)
         x = self.input_normaliser(self.see(obs, obs[..., :0]))
@@ -825,15 +846,17 @@ def check_finite(losses: Tensor, model: DynamicsModel, step: int, run_dir: Path)
         sys.exit(f"non-finite {bad[0]} at or before gradient step {step}; {last}; try a smaller --learning-rate")
 
 
-def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], batch_size: int) -> None:
-    """One gradient step towards equation 4; the running mean follows."""
+def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], batch_size: int) -> Tensor:
+    """One gradient step towards equation 4; the running mean follows. Returns the loss."""
     index = torch.randint(len(data["obs"]), (batch_size,), device=data["obs"].device)
+    loss = value.loss(**{name: column[index] for name, column in data.items()})
     optimizer.zero_grad()
-    value.loss(**{name: column[index] for name, column in data.items()}).backward()
+    loss.backward()
     optimizer.step()
     with torch.no_grad():
         for slow, weight in zip(value.slow.parameters(), value.mlp.parameters(), strict=True):
-            slow.lerp_(weight, 0.005)
+            slow.lerp_(weight, 0.02)
+    return loss.detach()
 
 
 CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
@@ -984,6 +1007,8 @@ def simulated_returns(
         seen = torch.zeros(K, H + 1, obs.shape[1])
         size = task.model.nq + task.model.nv
         seen[..., :size] = torch.from_numpy(states[..., 1 : 1 + size])
+        if type(task).__name__.startswith(("Hopper", "Walker2d")):
+            seen[..., task.model.nq : size].clamp_(-10, 10)  # as they are observed
         reward, over = formulas[0](seen[:, :-1], plans.cpu(), seen[:, 1:]), formulas[1](seen[:, 1:])  # (K, H)
         alive = torch.cat([torch.ones(K, 1), (~over).float().cumprod(dim=1)], dim=1)
         found = (gamma ** torch.arange(H) * alive[:, :-1] * reward).sum(dim=1)
@@ -1263,7 +1288,7 @@ class Checkpointer:
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
 MAY_CHANGE |= {"interim_episodes"}
-# Evaluating writes nothing, and may try another plan with the same model.
+# Evaluating changes nothing, and may try another plan with the same model.
 MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start"}
 MAY_CHANGE_TO_EVALUATE |= {"start_std", "shift_plan", "keep_elites", "noise_beta", "candidate_decay", "mean_candidate"}
 MAY_CHANGE_TO_EVALUATE |= {"bounded_sampling", "execute", "true_dynamics", "terminal_value", "planner_dtype"}
@@ -1340,15 +1365,15 @@ def fit_model(
     while progress["fit_step"] < args.train_steps:
         progress["fit_step"] = step = progress["fit_step"] + 1
         loss = train_step(model, optimizer, x, y, args.batch_size, args.input_noise, dtype)  # (E,)
-        if value:
-            value_step(value, value_optimizer, data, args.batch_size)
+        value_loss = value_step(value, value_optimizer, data, args.batch_size) if value else loss[0]
         save, last = step % args.checkpoint_every == 0, step == args.train_steps
         read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
         if read:
-            check_finite(loss, model, step, checkpointer.run_dir)
+            check_finite(torch.cat([loss, value_loss[None]]), model, step, checkpointer.run_dir)
         if last:
-            seconds = time.perf_counter() - begin
-            log.scalars({"model/train_loss": loss.mean().item(), "time/train_s": seconds}, buffer.size)
+            losses = {"model/train_loss": loss.mean().item()}
+            losses |= {"model/value_loss": value_loss.item()} if value else {}
+            log.scalars(losses | {"time/train_s": time.perf_counter() - begin}, buffer.size)
         bar.update()
         if read:  # what has not been checked is not saved
             checkpointer.step(due=save)
@@ -1422,9 +1447,14 @@ def main(args: Args) -> dict[str, float]:
     formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
     require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
 
-    simulable = formulas is not None and can_simulate(envs.envs[0])
-    words = "--true-dynamics needs a MuJoCo task with known reward whose observation is its joint state"
-    require(simulable or not args.true_dynamics, f"{words}; {args.env_id} is none")
+    if args.true_dynamics:
+        words = "--true-dynamics needs a MuJoCo task with known reward whose observation is its joint state"
+        require(formulas is not None and can_simulate(envs.envs[0]), f"{words}; {args.env_id} is none")
+        task: Any = envs.envs[0].unwrapped
+        more = obs_dim > task.model.nq + task.model.nv and args.terminal_value
+        require(not more, f"--true-dynamics of {args.env_id} needs --no-terminal-value: V has seen more than joints")
+    learned = checkpoint is None or "value" in checkpoint or not args.terminal_value
+    require(learned, f"--terminal-value: {args.resume} has learned no value")
 
     data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
     first_steps = checkpoint["progress"]["first_steps"] if checkpoint else args.initial_steps

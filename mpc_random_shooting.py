@@ -1034,7 +1034,7 @@ class Checkpointer:
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
 MAY_CHANGE |= {"interim_episodes"}
-# Evaluating writes nothing, and may try another plan with the same model.
+# Evaluating changes nothing, and may try another plan with the same model.
 MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "planner_dtype"}
 
 

@@ -1145,7 +1145,7 @@ class Checkpointer:
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "capture_video", "compile", "eval_every"}
 MAY_CHANGE |= {"interim_episodes"}
-# Evaluating writes nothing, and may try another plan with the same model.
+# Evaluating changes nothing, and may try another plan with the same model.
 MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start_std"}
 MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "planner_dtype"}
 

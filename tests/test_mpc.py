@@ -426,7 +426,7 @@ def filled_value(steps: int = 0) -> tuple[cem.Value, cem.ReplayBuffer]:
 
 
 def test_the_value_becomes_the_discounted_sum_of_what_follows():
-    value, _ = filled_value(steps=3000)
+    value, _ = filled_value(steps=1500)
     expected = [5 + 0.8 * (6 + 0.8 * (7 + 0.8 * 8)), 6 + 0.8 * (7 + 0.8 * 8), 7 + 0.8 * 8, 8.0]
     found = value(torch.arange(4.0).view(2, 2, 1))  # any leading shape
     torch.testing.assert_close(found, torch.tensor(expected).view(2, 2), atol=0.15, rtol=0)
@@ -439,17 +439,44 @@ def test_one_step_of_the_value_moves_its_network_and_its_running_mean_a_little()
     after = value.state_dict()
     for name, tensor in before.items():
         if name.startswith("slow"):
-            expected = tensor.lerp(after[name.replace("slow", "mlp")], 0.005)
+            expected = tensor.lerp(after[name.replace("slow", "mlp")], 0.02)
             torch.testing.assert_close(after[name], expected)
             assert not torch.equal(after[name], tensor)
         else:
             assert torch.equal(after[name], tensor) != name.startswith("mlp")
 
 
+def test_a_value_stays_the_same_when_its_units_change_and_within_what_can_be_earned():
+    value, _ = filled_value(steps=20)
+    places = torch.linspace(-1, 4, 6)[:, None]
+    before = value(places)
+    value.fit_rewards(torch.tensor([[5.0], [25], [40]]))
+    torch.testing.assert_close(value(places), before)
+    with torch.no_grad():
+        value.slow.biases[-1].add_(1e3)
+    assert (value(places) == 40 / (1 - 0.8)).all()
+    value.fit_rewards(-torch.tensor([[5.0], [25], [40]]))
+    assert (value(places) == 0).all(), "the end of an episode is worth nothing, and so nothing is worth less"
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5"])
+def test_the_simulator_shows_the_value_what_the_environment_shows(env_id):
+    """Joints that turn faster than 10 rad/s are observed as 10."""
+    envs = cem.VectorEnv(env_id, 1, seed=0)
+    formulas, shown = cem.known_formulas(envs.envs[0]), []
+    plan = torch.ones(2, *envs.action_space.shape)
+    envs.envs[0].unwrapped.data.qvel[2] = 30  # falls over fast
+    worth = lambda state: shown.append(state) or state[..., 0]  # noqa: E731
+    cem.simulated_returns(envs, formulas, 0.9, torch.from_numpy(envs.obs), plan[None, None], worth)
+    for action in plan:
+        obs = envs.envs[0].step(action.numpy())[0]
+    assert np.abs(envs.envs[0].unwrapped.data.qvel).max() > 10 and np.abs(shown[0].numpy() - obs).max() < 1e-4
+
+
 @pytest.mark.parametrize("true", [False, True])
 def test_a_plan_is_paid_the_value_of_its_end_unless_it_has_ended_before(true):
-    """Plans of three steps, one of them over after the second."""
-    value, _ = filled_value()
+    """Plans of three steps."""
+    value, _ = filled_value(steps=200)
     worth = lambda state: value(state[..., :1])  # noqa: E731
     if true:
         envs = cem.VectorEnv("InvertedPendulum-v5", 1, seed=0)
@@ -521,6 +548,20 @@ def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_pat
             script.main(script.parse_args(words))
         assert exit.value.code == 2 and "cannot change to" in capsys.readouterr().err
     assert {field.name for field in dataclasses.fields(script.Args)} >= script.MAY_CHANGE_TO_EVALUATE
+
+
+def test_what_was_not_learned_is_not_planned_with(tmp_path, capsys):
+    _, run_dir = run(cem, tiny(cem, tmp_path, num_iterations=1, terminal_value=False))
+    with pytest.raises(SystemExit) as exit:
+        cem.main(cem.parse_args(["--resume", str(run_dir), "--eval-only", "--terminal-value"]))
+    assert exit.value.code == 2 and "has learned no value" in capsys.readouterr().err
+
+
+def test_a_value_that_has_diverged_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(cem.Value, "loss", lambda self, **data: self.mlp(data["obs"][None]).mean() * torch.nan)
+    with pytest.raises(SystemExit, match="non-finite"):
+        cem.main(tiny(cem, tmp_path))
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):
@@ -715,6 +756,8 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (cem, {"cem_alpha": 1.5}, "--cem-alpha"),
         (cem, {"start": "uniform"}, "--no-shift-plan"),
         (cem, {"gamma": 1.0}, "--no-terminal-value"),
+        (cem, {"gamma": 1 - 1e-9}, "--no-terminal-value"),
+        (cem, {"env_id": "Ant-v5", "true_dynamics": True}, "V has seen more than joints"),
         (cem, {"keep_elites": 1.5}, "--keep-elites"),
         (cem, {"true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
     ],

@@ -267,7 +267,7 @@ class Args:
     gamma: float = 0.95
     """discount factor; 1 sums the rewards"""
     terminal_value: bool = True
-    """a plan also earns the learned value of the state in which it ends"""
+    """a plan also earns the learned value of the state in which it ends (two layers of hidden_size units)"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
 

@@ -219,26 +219,33 @@ def draw_heat(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]]) -> No
     axes.set_yticks(range(table.shape[0]), [series.label for series in panel.series])
 
 
-def draw_figure(study: Study, loaded: dict[str, list[Finished]], path: Path) -> None:
-    """One PNG of about 900 pixels' width with the study's panels side by side, three in a row."""
+def runs_in(panel: Panel, study: Study) -> set[str]:
+    """The names of the runs that a panel draws."""
+    if panel.series:
+        return {name for series in panel.series for _, name, _ in series.points}
+    return set(panel.runs) or {run.name for run in study.runs}
+
+
+def draw_figure(study: Study, panels: list[Panel], loaded: dict[str, list[Finished]], path: Path) -> None:
+    """One PNG of about 900 pixels' width with these panels of the study side by side, three in a row."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    columns = min(len(study.panels), 3)
-    rows = math.ceil(len(study.panels) / columns)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(9, 0.8 + (4.4 if any(panel.tags for panel in study.panels) else 3.4) * rows),
+        figsize=(9, 0.8 + (4.4 if any(panel.tags for panel in panels) else 3.4) * rows),
         squeeze=False,
         layout="constrained",
     )
-    for axes in grid.flat[len(study.panels) :]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, panel in zip(grid.flat, study.panels, strict=False):
+    for axes, panel in zip(grid.flat, panels, strict=False):
         if panel.log_x:
             axes.set_xscale("log")
         if panel.log_y:
@@ -399,8 +406,9 @@ def draw_study(study: Study, log_dir: Path) -> bool:
     if not any(finished_runs(experiment(study, run), log_dir) for run in study.runs):
         return False
     loaded = load_study(study, log_dir)
-    if study.panels:  # a single number per run needs no figure
-        draw_figure(study, loaded, PLOTS / f"{study.name}.png")
+    begun = [panel for panel in study.panels if any(loaded[name] for name in runs_in(panel, study))]
+    if begun:  # a single number per run needs no figure
+        draw_figure(study, begun, loaded, PLOTS / f"{study.name}.png")
     write_csv(study, loaded, PLOTS / f"{study.name}.csv")
     write_pictures(study, loaded)
     refresh_readme(study.name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
+import shutil
 import signal
 import statistics
 import struct
@@ -163,6 +165,22 @@ def test_a_heat_map_shows_each_value_in_its_place(toy: Path) -> None:
     assert [text.get_text() for text in axes.get_yticklabels()] == ["up", "down"]
     assert [text.get_text() for text in axes.texts] == [f"{last[run]:.2f}" for run in ("a", "b", "b")]
     plt.close(figure)
+
+
+def test_a_panel_none_of_whose_runs_has_finished_is_left_out(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in toy.glob("*toy-a*"):
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    monkeypatch.setattr(figures, "PLOTS", tmp_path)
+    monkeypatch.setattr(figures, "README", tmp_path / "README.md")
+    drawn: list[str] = []
+    monkeypatch.setattr(figures, "draw_figure", lambda study, panels, *_: drawn.extend(p.title for p in panels))
+    score = Series("score", ((1, "a", "score"), (2, "b", "score")))
+    others = (Panel("loss", "", title="a", runs=("a",)), Panel("loss", "", title="b", runs=("b",)))
+    others += (Panel("", "", title="both", series=(score,)), Panel("loss", "", title="all"))
+    figures.draw_study(dataclasses.replace(TOY, panels=others), tmp_path / "runs")
+    assert drawn == ["a", "both", "all"]
 
 
 def test_the_picture_of_two_modes_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1352,7 +1352,7 @@ def parse_args(command_line: list[str] | None = None) -> Args:
 # Differs: the value is fitted, too
 def fit_model(
     args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, value: Value | None,
-    value_optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, log: Logger, checkpointer: Checkpointer,
+    value_optimizer: torch.optim.Optimizer | None, buffer: ReplayBuffer, log: Logger, checkpointer: Checkpointer,
 ) -> None:  # fmt: skip
     """`train_steps` gradient steps of each on everything collected so far."""
     progress, rows = checkpointer.progress, torch.arange(buffer.size, device=buffer.obs.device)
@@ -1365,11 +1365,13 @@ def fit_model(
     while progress["fit_step"] < args.train_steps:
         progress["fit_step"] = step = progress["fit_step"] + 1
         loss = train_step(model, optimizer, x, y, args.batch_size, args.input_noise, dtype)  # (E,)
-        value_loss = value_step(value, value_optimizer, data, args.batch_size) if value else loss[0]
+        value_loss = loss[:0]  # none
+        if value and value_optimizer:
+            value_loss = value_step(value, value_optimizer, data, args.batch_size)[None]
         save, last = step % args.checkpoint_every == 0, step == args.train_steps
         read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
         if read:
-            check_finite(torch.cat([loss, value_loss[None]]), model, step, checkpointer.run_dir)
+            check_finite(torch.cat([loss, value_loss]), model, step, checkpointer.run_dir)
         if last:
             losses = {"model/train_loss": loss.mean().item()}
             losses |= {"model/value_loss": value_loss.item()} if value else {}
@@ -1476,7 +1478,7 @@ def main(args: Args) -> dict[str, float]:
     model = Ensemble(obs_dim, action_dim, **shape).to(device)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     value = Value(model, args.hidden_size, args.activation, args.gamma).to(device) if args.terminal_value else None
-    value_optimizer = torch.optim.Adam((value or model).parameters(), args.learning_rate)
+    value_optimizer = torch.optim.Adam(value.parameters(), args.learning_rate) if value else None
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": False, "seconds": 0.0, "metrics": {}}

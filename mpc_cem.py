@@ -36,7 +36,7 @@ Pseudocode:
         fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py), V by as many of (4)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
-            μ, kept elites <- last step's, shifted by one;  σ <- start_std
+            μ, kept elites <- last step's, shifted by one;  σ <- start_std;  e <- the episode's member (--thompson)
             for i = 1 .. cem_iterations:  equations 1, 2, 3, for all environments, members and candidates at once
             s <- environment step with the first action; buffer <- buffer + transition
 
@@ -48,6 +48,10 @@ A horizon is short. HalfCheetah-v5 starts fastest by a somersault, with the true
 then lies on its back is beyond the horizon. V knows: it has seen what became of those that did. It is the value of what
 was done, not of the best that could be, and so it keeps to where episodes have gone well; the planner does better than
 V expects, its data make the next V, and so on (--no-terminal-value goes without, and wants a longer --horizon).
+
+A planner that always does what all members together think best sees nothing else, and its model learns of nothing else.
+So while collecting (--thompson) each environment plans with one member alone, with another one in its next episode:
+where they disagree, different things are tried. It also takes but a fraction of the time.
 
 The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, section 3):
 
@@ -70,7 +74,7 @@ The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1
         --candidate-decay 1 --no-mean-candidate --num-candidates 1_000 --horizon 15 --ensemble-size 3 \
         --num-layers 2 --hidden-size 250 --activation tanh --train-steps 1_500 --batch-size 512 \
         --steps-per-iteration 5_000 --num-iterations 5 --reset-every None --no-wrap-angles --num-envs 1 \
-        --no-terminal-value --gamma 1
+        --no-terminal-value --gamma 1 --no-thompson
 
 Usage:
 
@@ -262,6 +266,8 @@ class Args:
     """cap the standard deviation at half the distance to the bounds and the noise at two of them, as in PETS"""
     execute: Literal["mean", "best"] = "mean"
     """execute the first action of the final mean or of the best sequence"""
+    thompson: bool = True
+    """while collecting, each environment plans with one member of its own, with another one in its next episode"""
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
     gamma: float = 0.95
@@ -862,24 +868,26 @@ def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, T
 CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
 
 
-# Differs: the state at the end of the plan has a value
+# Differs: the state at the end of the plan has a value, and an environment may have a member of its own
 def imagined_returns(
     model: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, gamma: float, obs: Tensor, candidates: Tensor,
-    value: Value | None = None,
+    value: Value | None = None, own: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Equation 2: roll every candidate (B, K, H, A) out from obs (B, D) in every member; mean returns (B, K)."""
+    """Equation 2: roll every candidate (B, K, H, A) out from obs (B, D) in every member; mean returns (B, K).
+
+    With `own` the model has B members, and the candidates of an environment are rolled out in its own member alone.
+    """
     B, K, H, A = candidates.shape
     E = model.ensemble_size
-    group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, CACHED_STATES // E)
+    starts, plans = obs[:, None].expand(B, K, -1), candidates
+    if not own:
+        starts, plans = starts.reshape(B * K, -1).expand(E, -1, -1), plans.reshape(B * K, H, A).expand(E, -1, -1, -1)
+    group = plans.shape[1] if obs.is_cuda or torch.compiler.is_compiling() else max(1, CACHED_STATES // E)
     found = []
-    for start, plans in zip(
-        obs.repeat_interleave(K, dim=0).split(group), candidates.reshape(B * K, H, A).split(group), strict=True
-    ):
-        N = len(plans)
-        state = start.expand(E, -1, -1)  # (E, N, D)
-        returns, alive = torch.zeros(E, N, device=obs.device), torch.ones(E, N, device=obs.device)
+    for state, plan in zip(starts.split(group, dim=1), plans.split(group, dim=1), strict=True):
+        returns, alive = torch.zeros(state.shape[:2], device=obs.device), torch.ones(state.shape[:2], device=obs.device)
         for t in range(H):
-            action = plans[:, t].expand(E, -1, -1)  # (E, N, A)
+            action = plan[:, :, t]  # (E, N, A)
             next_state, reward, over = model.predict(state, action)
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
@@ -889,8 +897,16 @@ def imagined_returns(
             state = next_state
         if value:
             returns = returns + gamma**H * torch.where(alive > 0, value(state), 0)
-        found.append(returns.mean(dim=0))
-    return torch.cat(found).view(B, K)
+        found.append(returns)
+    every = torch.cat(found, dim=1)  # (B, K) if each has its own, else (E, B * K)
+    return every if own else every.mean(dim=0).view(B, K)
+
+
+@torch.no_grad()
+def take_members(mine: DynamicsModel, model: DynamicsModel, members: Tensor) -> None:
+    """Network b of `mine` becomes member members[b] of the model."""
+    for weight, source in zip(mine.mlp.parameters(), model.mlp.parameters(), strict=True):
+        weight.copy_(source[members])
 
 
 def rank_last(returns: Tensor) -> Tensor:
@@ -1394,7 +1410,7 @@ def cut_short(envs: VectorEnv, chance: float) -> None:
 # Differs: the planner acts, and everything is logged against environment steps
 def collect(
     args: Args, envs: VectorEnv, buffer: ReplayBuffer, planner: Planner | None, target: int, log: Logger,
-    checkpointer: Checkpointer,
+    checkpointer: Checkpointer, choose_members: Callable[[np.ndarray], None],
 ) -> None:  # fmt: skip
     """Act until the buffer holds `target` transitions, by random actions if there is no planner yet."""
     first, plan_times, step_times = buffer.size, [], []
@@ -1405,6 +1421,7 @@ def collect(
         if planner is None:
             action = envs.random_action()
         else:
+            choose_members(episode)
             action = planner(torch.from_numpy(obs).to(buffer.obs.device))[0].cpu().numpy()
             plan_times.append(time.perf_counter() - begin)
         next_obs, reward, terminated = envs.step(action)
@@ -1486,14 +1503,20 @@ def main(args: Args) -> dict[str, float]:
     if args.planner_dtype == "auto":  # measured once: a resumed run goes on with what it began with
         progress["dtype"] = checkpoint["progress"]["dtype"] if checkpoint else faster_dtype(device)
     fast = planning_copy(model, progress["dtype"])
+    few = Ensemble(obs_dim, action_dim, **shape | {"ensemble_size": args.num_envs}).to(device)
+    mine = planning_copy(few, progress["dtype"])  # a member for each environment that collects
+    mine.input_normaliser, mine.target_normaliser = fast.input_normaliser, fast.target_normaliser
 
-    def make_planner(envs: VectorEnv) -> Planner:
-        imagine: Imagine = partial(imagined_returns, fast, formulas, args.gamma, value=value)
+    def choose_members(episode: np.ndarray) -> None:
+        take_members(mine, fast, torch.from_numpy(episode % args.ensemble_size).to(device))
+
+    def make_planner(envs: VectorEnv, own: bool = False) -> Planner:
+        imagine: Imagine = partial(imagined_returns, mine if own else fast, formulas, args.gamma, value=value, own=own)
         if args.true_dynamics and formulas:
             imagine = partial(simulated_returns, envs, formulas, args.gamma, value=value)
         return Planner(args, imagine, low, high, len(envs.envs))
 
-    planner = make_planner(envs)
+    planner = make_planner(envs, own=args.thompson)
     parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
     parts |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
@@ -1510,7 +1533,7 @@ def main(args: Args) -> dict[str, float]:
         log = Logger(run_dir, args, buffer.size if checkpoint else None)
         source = "known" if formulas else "learned"
         print(f"{run_dir}: reward and termination {source}, device {device}, planning in {progress['dtype']}")
-        collect(args, envs, buffer, None, progress["first_steps"], log, checkpointer)
+        collect(args, envs, buffer, None, progress["first_steps"], log, checkpointer, choose_members)
         if args.save_data and progress["iteration"] == 0:
             save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})
         while True:
@@ -1535,7 +1558,7 @@ def main(args: Args) -> dict[str, float]:
             if last:
                 break
             target = progress["first_steps"] + collected + args.steps_per_iteration
-            collect(args, envs, buffer, planner, target, log, checkpointer)
+            collect(args, envs, buffer, planner, target, log, checkpointer, choose_members)
             log.scalars(novelty(model, buffer, progress["fitted"]), buffer.size)
             progress.update(iteration=iteration + 1, fit_step=0, evaluated=False)
         if args.save_data:

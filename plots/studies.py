@@ -142,7 +142,7 @@ RS = "python mpc_random_shooting.py --env-id envs:"
 # The course's CEM: uniform first iteration, the elites alone make the next Gaussian, nothing is remembered.
 CEM = (
     "python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan"
-    " --candidate-decay 1 --no-mean-candidate --no-terminal-value --gamma 1 --horizon {horizon}"
+    " --candidate-decay 1 --no-mean-candidate --no-terminal-value --gamma 1 --no-thompson --horizon {horizon}"
     " --num-candidates {candidates} --cem-iterations {iterations} --env-id envs:"
 )
 

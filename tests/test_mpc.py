@@ -565,7 +565,7 @@ def test_a_value_that_has_diverged_is_not_saved(tmp_path, monkeypatch):
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):
-    changes = dict(env_id="HalfCheetah-v5", initial_steps=20, num_iterations=1, train_steps=1)
+    changes = dict(env_id="HalfCheetah-v5", initial_steps=20, num_iterations=1, train_steps=1, terminal_value=False)
     result, run_dir = run(cem, tiny(cem, tmp_path, **changes))
     again = cem.main(cem.parse_args(["--resume", str(run_dir), "--eval-only", "--true-dynamics"]))
     gap = lambda found: abs(found["eval/predicted_return"] - found["eval/realised_return"])  # noqa: E731

@@ -118,20 +118,29 @@ def toy_terminated(next_obs):
     return next_obs[..., 0] > 0.3
 
 
+@pytest.mark.parametrize("script, own", [(rs, False), (cem, False), (cem, True)])
 @pytest.mark.parametrize("learned, states", [(False, 4096), (True, 4096), (False, 16), (True, 1)])
-def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(learned, states, monkeypatch):
-    monkeypatch.setattr(rs, "CACHED_STATES", states)  # also in groups of four candidates, and one by one
+def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(
+    script, own, learned, states, monkeypatch
+):
+    monkeypatch.setattr(script, "CACHED_STATES", states)  # also in groups of four candidates, and one by one
     torch.manual_seed(0)
-    model = rs.Ensemble(D, A, 4, 2, 16, "tanh", learned, 0)
+    model = script.Ensemble(D, A, 4, 2, 16, "tanh", learned, 0)
     model.target_normaliser.std.fill_(0.5)
     formulas = None if learned else (toy_reward, toy_terminated)
     obs, candidates = torch.randn(B, D) * 0.3, torch.randn(B, K, H, A)
-    fast = rs.imagined_returns(model, formulas, 0.9, obs, candidates)
+    if own:
+        mine = script.Ensemble(D, A, B, 2, 16, "tanh", learned, 0)
+        mine.target_normaliser = model.target_normaliser
+        script.take_members(mine, model, torch.tensor([2, 0, 3]))
+        fast = script.imagined_returns(mine, formulas, 0.9, obs, candidates, own=True)
+    else:
+        fast = script.imagined_returns(model, formulas, 0.9, obs, candidates)
     ends = 0
     for b in range(B):
         for k in range(K):
             returns = []
-            for member in range(4):
+            for member in [(2, 0, 3)[b]] if own else range(4):
                 state, total = obs[b], 0.0
                 for t in range(H):
                     action = candidates[b, k, t]
@@ -147,7 +156,7 @@ def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(
                         ends += 1
                         break
                 returns.append(total)
-            torch.testing.assert_close(fast[b, k], sum(returns) / 4)
+            torch.testing.assert_close(fast[b, k], sum(returns) / len(returns))
     assert 0 < ends < B * K * 4
 
 
@@ -562,6 +571,21 @@ def test_a_value_that_has_diverged_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="non-finite"):
         cem.main(tiny(cem, tmp_path))
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
+
+
+def test_each_episode_is_collected_with_a_member_of_its_own(tmp_path, monkeypatch):
+    members, asked = [], []
+    take, imagine = cem.take_members, cem.imagined_returns
+    monkeypatch.setattr(cem, "take_members", lambda *given: members.append(given[2].tolist()) or take(*given))
+    monkeypatch.setattr(cem, "imagined_returns", lambda *a, own, **b: asked.append(own) or imagine(*a, own=own, **b))
+    args = tiny(cem, tmp_path, num_envs=3, ensemble_size=2, reset_every=4, cem_iterations=1, steps_per_iteration=30)
+    _, run_dir = run(cem, args)
+    episodes = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["episode"][60:].view(-1, 3)
+    assert members == (episodes % 2).tolist() and len({tuple(row) for row in members}) > 3
+    assert asked == [False] * 15 + [True] * 10 + [False] * 15, "all members evaluate"
+    asked.clear()
+    cem.main(dataclasses.replace(args, thompson=False, seed=2))
+    assert asked == [False] * 40
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):

@@ -36,7 +36,7 @@ Pseudocode:
         fit the ensemble on the whole buffer (train_steps gradient steps, see mbrl_dynamics.py), V by as many of (4)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
-            μ, kept elites <- last step's, shifted by one;  σ <- start_std;  e <- the episode's member (--thompson)
+            μ, kept elites <- last step's, shifted by one;  σ <- start_std;  e <- the episode's own (--thompson)
             for i = 1 .. cem_iterations:  equations 1, 2, 3, for all environments, members and candidates at once
             s <- environment step with the first action; buffer <- buffer + transition
 
@@ -51,7 +51,8 @@ V expects, its data make the next V, and so on (--no-terminal-value goes without
 
 A planner that always does what all members together think best sees nothing else, and its model learns of nothing else.
 So while collecting (--thompson) each environment plans with one member alone, with another one in its next episode:
-where they disagree, different things are tried. It also takes but a fraction of the time.
+where they disagree, different things are tried. A candidate is rolled out once then and not E times, so that E times as
+many can be tried in the same time.
 
 The refinements, each a flag, each with its reason (iCEM, Pinneri et al. 2020, section 3):
 
@@ -127,7 +128,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -267,7 +268,7 @@ class Args:
     execute: Literal["mean", "best"] = "mean"
     """execute the first action of the final mean or of the best sequence"""
     thompson: bool = True
-    """while collecting, each environment plans with one member of its own, with another one in its next episode"""
+    """while collecting, each environment plans with one member, another in its next episode, and more candidates"""
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
     gamma: float = 0.95
@@ -1514,9 +1515,10 @@ def main(args: Args) -> dict[str, float]:
         imagine: Imagine = partial(imagined_returns, mine if own else fast, formulas, args.gamma, value=value, own=own)
         if args.true_dynamics and formulas:
             imagine = partial(simulated_returns, envs, formulas, args.gamma, value=value)
-        return Planner(args, imagine, low, high, len(envs.envs))
+        candidates = args.num_candidates * (args.ensemble_size if own else 1)
+        return Planner(replace(args, num_candidates=candidates), imagine, low, high, len(envs.envs))
 
-    planner = make_planner(envs, own=args.thompson)
+    planner = make_planner(envs, own=args.thompson and not args.true_dynamics)
     parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
     parts |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     with Checkpointer(run_dir, progress, parts) as checkpointer:

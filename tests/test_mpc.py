@@ -577,15 +577,22 @@ def test_each_episode_is_collected_with_a_member_of_its_own(tmp_path, monkeypatc
     members, asked = [], []
     take, imagine = cem.take_members, cem.imagined_returns
     monkeypatch.setattr(cem, "take_members", lambda *given: members.append(given[2].tolist()) or take(*given))
-    monkeypatch.setattr(cem, "imagined_returns", lambda *a, own, **b: asked.append(own) or imagine(*a, own=own, **b))
+
+    def counted(*given, own, **named):
+        asked.append((own, given[4].shape[1]))
+        return imagine(*given, own=own, **named)
+
+    monkeypatch.setattr(cem, "imagined_returns", counted)
     args = tiny(cem, tmp_path, num_envs=3, ensemble_size=2, reset_every=4, cem_iterations=1, steps_per_iteration=30)
+    args = dataclasses.replace(args, keep_elites=0.0, mean_candidate=False)
     _, run_dir = run(cem, args)
     episodes = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["episode"][60:].view(-1, 3)
-    assert members == (episodes % 2).tolist() and len({tuple(row) for row in members}) > 3
-    assert asked == [False] * 15 + [True] * 10 + [False] * 15, "all members evaluate"
+    assert members == (episodes % 2).tolist() and len({tuple(row) for row in members}) > 1
+    evaluated, collected = [(False, 20)] * 15, [(True, 40)] * 10
+    assert asked == evaluated + collected + evaluated, "all members evaluate; alone, each can try more"
     asked.clear()
     cem.main(dataclasses.replace(args, thompson=False, seed=2))
-    assert asked == [False] * 40
+    assert asked == [(False, 20)] * 40
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):

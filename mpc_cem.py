@@ -268,7 +268,8 @@ class Args:
     execute: Literal["mean", "best"] = "mean"
     """execute the first action of the final mean or of the best sequence"""
     thompson: bool = True
-    """while collecting, each environment plans with one member, another in its next episode, and more candidates"""
+    """collect with one member for each environment, another in its next episode, and ensemble_size times as many
+    candidates; evaluations plan with all members"""
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
     gamma: float = 0.95
@@ -1504,12 +1505,14 @@ def main(args: Args) -> dict[str, float]:
     if args.planner_dtype == "auto":  # measured once: a resumed run goes on with what it began with
         progress["dtype"] = checkpoint["progress"]["dtype"] if checkpoint else faster_dtype(device)
     fast = planning_copy(model, progress["dtype"])
+    own_members = args.thompson and not args.true_dynamics
     few = Ensemble(obs_dim, action_dim, **shape | {"ensemble_size": args.num_envs}).to(device)
     mine = planning_copy(few, progress["dtype"])  # a member for each environment that collects
     mine.input_normaliser, mine.target_normaliser = fast.input_normaliser, fast.target_normaliser
 
     def choose_members(episode: np.ndarray) -> None:
-        take_members(mine, fast, torch.from_numpy(episode % args.ensemble_size).to(device))
+        if own_members:
+            take_members(mine, fast, torch.from_numpy(episode % args.ensemble_size).to(device))
 
     def make_planner(envs: VectorEnv, own: bool = False) -> Planner:
         imagine: Imagine = partial(imagined_returns, mine if own else fast, formulas, args.gamma, value=value, own=own)
@@ -1518,7 +1521,7 @@ def main(args: Args) -> dict[str, float]:
         candidates = args.num_candidates * (args.ensemble_size if own else 1)
         return Planner(replace(args, num_candidates=candidates), imagine, low, high, len(envs.envs))
 
-    planner = make_planner(envs, own=args.thompson and not args.true_dynamics)
+    planner = make_planner(envs, own=own_members)
     parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
     parts |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     with Checkpointer(run_dir, progress, parts) as checkpointer:

@@ -516,7 +516,7 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="default",
                 command="python mpc_cem.py --env-id HalfCheetah-v5",
-                minutes=50,
+                minutes=70,
                 label="mpc_cem.py as it is",
                 reported="PETS 4204 ± 789, POPLIN-P 12228 ± 5653",
                 target="≥ 1500, then ≥ 4204",

@@ -381,6 +381,15 @@ class VectorEnv:
         self.episode = state["episode"].numpy()
 
 
+def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest action, (A,) each."""
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {env_id}: actions must be bounded, {space} is not")
+    return low, high
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -885,21 +894,23 @@ def passes(every: int, step: int, num_envs: int) -> bool:
     return step // every > (step - num_envs) // every
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
     check_time_limit(envs.envs[0], args.env_id)
-    skip, space = hidden_positions(envs.envs[0]), envs.action_space
+    skip = hidden_positions(envs.envs[0])
     obs_dim = envs.obs.shape[1] - skip
-    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]
-    bounded = bool(torch.isfinite(high - low).all())
-    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be scaled, {space} is not")
+    low, high = action_bounds(envs, args.env_id, device)
     agent = ActorCritic(obs_dim, low, high, args).to(device)
     policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), args.learning_rate, eps=1e-5, fused=True)

@@ -438,6 +438,15 @@ class VectorEnv:
         self.episode = state["episode"].numpy()
 
 
+def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest action, (A,) each."""
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {env_id}: actions must be bounded, {space} is not")
+    return low, high
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -883,6 +892,20 @@ def sample_batch(args: Args, buffer: ReplayBuffer, skip: int, newest: int | None
     return obs, buffer.action[rows], next_obs, buffer.terminated[rows]
 
 
+def tell_apart(
+    args: Args, discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, absorption: Absorption,
+    expert_steps: list[Tensor], buffer: ReplayBuffer,
+) -> Tensor:  # fmt: skip
+    """Train the discriminator on as many of the expert's transitions as of the policy's newest."""
+    chosen = torch.randint(len(expert_steps[0]), (args.batch_size,), device=buffer.obs.device)
+    obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
+    skip = buffer.obs.shape[1] - obs.shape[1]
+    batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
+    lives = 1 - absorption.expert_share, 1 - absorption.policy_share()
+    alive = lives if args.absorbing else (1.0, 1.0)
+    return train_discriminator(discriminator, optimizer, actor, *batches, args.gradient_penalty, alive)
+
+
 class Means:
     """Running means of the losses, kept on the device: reading a number makes a GPU wait."""
 
@@ -1223,42 +1246,51 @@ def interact(actor: Actor, envs: VectorEnv, skip: int, device: torch.device, ran
     return rows | {"episode": episode}
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-
-    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
-    check_time_limit(envs.envs[0], args.env_id)
-    skip, space = hidden_positions(envs.envs[0]), envs.action_space
-    obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(space)
-    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]
-    bounded = bool(torch.isfinite(high - low).all())
-    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be squashed, {space} is not")
-    spec = envs.envs[0].spec
-    limit = args.max_episode_steps or (spec.max_episode_steps if spec else None) or round(1 / (1 - args.gamma))
+def expert_data(
+    args: Args, checkpoint: dict[str, Any] | None, dims: tuple[int, int, int], low: Tensor, high: Tensor, limit: int
+) -> tuple[Demonstrations, list[Tensor], float]:
+    """The demonstrations, their transitions, and the share of the time limit that their episodes do not live to see."""
     if checkpoint:
         data = Demonstrations(*(checkpoint["data"][name] for name in ("obs", "action", "episode", "expert_return")))
     else:
         recorded = args.data is not None or args.minari_id is not None
-        expert = None if recorded else load_expert(expert_path(args), args.env_id, obs_dim, low, high)
-        data = demonstrate(args, expert, (obs_dim, skip, action_dim), device)
+        expert = None if recorded else load_expert(expert_path(args), args.env_id, dims[0], low, high)
+        data = demonstrate(args, expert, dims, low.device)
     check_demonstrations(data, args.env_id, low, high)
     ordered = args.data is None or len(data.episode.unique()) > 1  # a dict of observations and actions has no episodes
     unknown = f"--data {args.data} does not tell episodes apart, and AIRL needs to know which steps follow each other"
     require(ordered or args.algo != "airl", unknown)
-    expert_steps = [column.to(device) for column in data.transitions(limit, ordered)]
-    require(len(expert_steps[0]) > 1, "the demonstrations are too short: nothing is known to follow anything")
+    transitions = [column.to(low.device) for column in data.transitions(limit, ordered)]
+    require(len(transitions[0]) > 1, "the demonstrations are too short: nothing is known to follow anything")
+    return data, transitions, data.absorbed(limit, ordered)
+
+
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
+    envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
+    check_time_limit(envs.envs[0], args.env_id)
+    skip = hidden_positions(envs.envs[0])
+    obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
+    low, high = action_bounds(envs, args.env_id, device)
+    limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
+    data, expert_steps, absorbed = expert_data(args, checkpoint, (obs_dim, skip, action_dim), low, high, limit)
 
     temperature = 1.0 if args.algo == "airl" and args.alpha is None else args.alpha
     agent = Agent(obs_dim, low, high, replace(args, alpha=temperature))
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     discriminator.normaliser.fit(expert_steps[0])
     optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
-    absorption = Absorption(data.absorbed(limit, ordered), limit)
+    absorption = Absorption(absorbed, limit)
     buffer = ReplayBuffer(
         min(args.buffer_size, args.total_timesteps + args.num_envs), envs.obs.shape[1], action_dim, device
     )
@@ -1296,21 +1328,11 @@ def main(args: Args) -> dict[str, float]:
             watch.lap("time/share_env")
 
             for number in range(max(step - args.num_envs, args.initial_steps) + 1, step + 1):
-                # Tell the expert from the policy.
-                logit = absorption.logit() if args.absorbing else None
-                absorbing = discriminator.absorbing_reward(logit)
+                absorbing = discriminator.absorbing_reward(absorption.logit() if args.absorbing else None)
                 if args.algo != "control" and number % args.discriminator_every == 0:
-                    chosen = torch.randint(len(expert_steps[0]), (args.batch_size,), device=device)
-                    obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
-                    batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
-                    lives = 1 - absorption.expert_share, 1 - absorption.policy_share()
-                    alive = lives if args.absorbing else (1.0, 1.0)
-                    found = train_discriminator(
-                        discriminator, optimizer, agent.actor, *batches, args.gradient_penalty, alive
-                    )
+                    found = tell_apart(args, discriminator, optimizer, agent.actor, absorption, expert_steps, buffer)
                     judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
                     watch.lap("time/share_discriminator")
-                # Fool it.
                 batch = obs, action, next_obs, terminated = sample_batch(args, buffer, skip)
                 paid = args.algo == "control"
                 reward = torch.ones_like(terminated) if paid else learned_reward(discriminator, batch, absorbing)

@@ -399,6 +399,15 @@ class VectorEnv:
         self.episode = state["episode"].numpy()
 
 
+def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest action, (A,) each."""
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {env_id}: actions must be bounded, {space} is not")
+    return low, high
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -1156,21 +1165,78 @@ def load_clone(run_dir: str) -> Policy:
     return policy.requires_grad_(False)
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
+def train_round(
+    args: Args, policy: Policy, average: Policy, best: Policy, optimizer: torch.optim.Optimizer, data: Demonstrations,
+    final: bool, log: Logger, checkpointer: Checkpointer,
+) -> None:  # fmt: skip
+    """`train_steps` gradient steps on everything so far; `average` is evaluated, `best` has the lowest holdout loss."""
+    progress, run_dir, device = checkpointer.progress, checkpointer.run_dir, data.obs.device
+    train, test = data.split(args.holdout_ratio, args.seed)
+    obs, action = data.obs[train], data.action[train]
+    if progress["step"] == 0:
+        policy.normaliser.fit(obs)
+        average.load_state_dict(policy.state_dict())
+    bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc=f"round {progress['round']}", unit="step")
+    durations: list[float] = []
+    while progress["fit_step"] < args.train_steps:
+        begin = time.perf_counter()
+        progress["step"] += 1
+        progress["fit_step"] = step = progress["fit_step"] + 1
+        loss = train_batch(policy, optimizer, obs, action, args.batch_size, args.input_noise)
+        warm = progress["step"] / (progress["step"] + 10)  # at first there is little to remember
+        with torch.no_grad():
+            torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - min(args.ema_decay, warm))
+        durations.append(time.perf_counter() - begin)
+        bar.update()
+        due, save = (
+            step % args.eval_every == 0 or step == args.train_steps,
+            progress["step"] % args.checkpoint_every == 0,
+        )
+        if due or save or checkpointer.signal:  # what has not been checked is not saved
+            check_losses({"losses/train_loss": loss.item()}, progress["step"], run_dir)
+        if due:
+            metrics = measure(average, data, train, test, args.sample)
+            check_losses(metrics, progress["step"], run_dir)
+            better = metrics["losses/holdout_loss"] < progress["lowest"]
+            progress["lowest"] = min(progress["lowest"], metrics["losses/holdout_loss"])
+            progress["stale"] = 0 if better else progress["stale"] + 1
+            if better:
+                best.load_state_dict(average.state_dict())
+            if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
+                policy.load_state_dict(best.state_dict())
+                average.load_state_dict(best.state_dict())
+                progress["fit_step"] = step = args.train_steps
+                metrics = measure(average, data, train, test, args.sample)
+            last = final and step == args.train_steps
+            video = run_dir / "videos" / f"{progress['step']}.mp4" if args.capture_video else None
+            episodes = args.eval_episodes if last else args.interim_episodes
+            found, returns = evaluate(args, average, data.expert_return, episodes, device, video)
+            progress["best_return"] = max(progress["best_return"], found["eval/episodic_return"])
+            progress["metrics"] = metrics | found | {"eval/best_return": progress["best_return"]}
+            speed = {"charts/SPS": 1 / float(np.mean(durations[10:] or durations))}
+            log.scalars(progress["metrics"] | speed | {"charts/transitions": float(len(data.obs))}, progress["step"])
+            tqdm.write(f"{progress['step']} steps: {describe(found, returns)}")
+        checkpointer.step(due=save)
+    bar.close()
+
+
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
     envs = VectorEnv(args.env_id, 1, args.seed, max_episode_steps=args.max_episode_steps)
     check_time_limit(envs.envs[0], args.env_id)
-    skip, space = hidden_positions(envs.envs[0]), envs.action_space
-    obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(space)
-    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))  # type: ignore[attr-defined]
-    bounded = bool(torch.isfinite(high - low).all())
-    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be scaled, {space} is not")
+    skip = hidden_positions(envs.envs[0])
+    obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
+    low, high = action_bounds(envs, args.env_id, device)
     recorded = args.data is not None or args.minari_id is not None
     needed = not checkpoint or checkpoint["progress"]["round"] < args.dagger_rounds  # the data lie in the checkpoint
     needed = needed and (args.expert is not None or not recorded) and not args.eval_only
@@ -1201,64 +1267,16 @@ def main(args: Args) -> dict[str, float]:
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(data.obs)} transitions", flush=True)
         while True:
-            # Train on everything so far.
-            train, test = data.split(args.holdout_ratio, args.seed)
-            obs, action, number = data.obs[train], data.action[train], progress["round"]
-            if progress["step"] == 0:
-                policy.normaliser.fit(obs)
-                average.load_state_dict(policy.state_dict())
-            final = number >= args.dagger_rounds
-            bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc=f"round {number}", unit="step")
-            durations: list[float] = []
-            while progress["fit_step"] < args.train_steps:
-                begin = time.perf_counter()
-                progress["step"] += 1
-                progress["fit_step"] = step = progress["fit_step"] + 1
-                loss = train_batch(policy, optimizer, obs, action, args.batch_size, args.input_noise)
-                warm = progress["step"] / (progress["step"] + 10)  # at first there is little to remember
-                with torch.no_grad():
-                    torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - min(args.ema_decay, warm))
-                durations.append(time.perf_counter() - begin)
-                bar.update()
-                due, save = (
-                    step % args.eval_every == 0 or step == args.train_steps,
-                    progress["step"] % args.checkpoint_every == 0,
-                )
-                if due or save or checkpointer.signal:  # what has not been checked is not saved
-                    check_losses({"losses/train_loss": loss.item()}, progress["step"], run_dir)
-                if due:
-                    metrics = measure(average, data, train, test, args.sample)
-                    check_losses(metrics, progress["step"], run_dir)
-                    better = metrics["losses/holdout_loss"] < progress["lowest"]
-                    progress["lowest"] = min(progress["lowest"], metrics["losses/holdout_loss"])
-                    progress["stale"] = 0 if better else progress["stale"] + 1
-                    if better:
-                        best.load_state_dict(average.state_dict())
-                    if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
-                        policy.load_state_dict(best.state_dict())
-                        average.load_state_dict(best.state_dict())
-                        progress["fit_step"] = step = args.train_steps
-                        metrics = measure(average, data, train, test, args.sample)
-                    last = final and step == args.train_steps
-                    video = run_dir / "videos" / f"{progress['step']}.mp4" if args.capture_video else None
-                    episodes = args.eval_episodes if last else args.interim_episodes
-                    found, returns = evaluate(args, average, data.expert_return, episodes, device, video)
-                    progress["best_return"] = max(progress["best_return"], found["eval/episodic_return"])
-                    progress["metrics"] = metrics | found | {"eval/best_return": progress["best_return"]}
-                    speed = {"charts/SPS": 1 / float(np.mean(durations[10:] or durations))}
-                    log.scalars(
-                        progress["metrics"] | speed | {"charts/transitions": float(len(data.obs))}, progress["step"]
-                    )
-                    tqdm.write(f"{progress['step']} steps: {describe(found, returns)}")
-                checkpointer.step(due=save)
-            bar.close()
+            final = progress["round"] >= args.dagger_rounds
+            train_round(args, policy, average, best, optimizer, data, final, log, checkpointer)
             if final:
                 break
             # Ask the expert about where the policy goes.
             assert expert is not None
-            mixed = dagger(args, average, expert, data, number + 1, device)
-            tqdm.write(f"round {number + 1}: {args.dagger_episodes} episodes, return {mixed:.1f}")
-            progress.update(round=number + 1, fit_step=0, stale=0, lowest=math.inf)
+            progress["round"] += 1
+            mixed = dagger(args, average, expert, data, progress["round"], device)
+            tqdm.write(f"round {progress['round']}: {args.dagger_episodes} episodes, return {mixed:.1f}")
+            progress.update(fit_step=0, stale=0, lowest=math.inf)
         checkpointer.save()
     result: dict[str, float] = progress["metrics"] | {"minutes": progress["seconds"] / 60}
     log.close(result)

@@ -477,6 +477,15 @@ class VectorEnv:
         self.episode = state["episode"].numpy()
 
 
+def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest action, (A,) each."""
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {env_id}: actions must be bounded, {space} is not")
+    return low, high
+
+
 def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
     z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
@@ -559,6 +568,13 @@ def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | No
     if name == "InvertedPendulum-v5":
         return (lambda obs, action, next_obs: (~fallen(next_obs)).to(obs)), fallen
     return None  # Humanoid-v5 among them: its reward needs the centre of mass, which is not in the observation
+
+
+def chosen_formulas(args: Args, env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
+    """Known reward and termination, or None where the model has to learn them."""
+    formulas = known_formulas(env) if args.reward != "learned" else None
+    require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
+    return formulas
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -1380,23 +1396,37 @@ def interact(actor: Actor, envs: VectorEnv, skip: int, device: torch.device, ran
     return rows | {"episode": episode}
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
+def branch(
+    args: Args, step: int, elites: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, actor: Actor,
+    buffer: ReplayBuffer, imagined: ResizableBuffer,
+) -> int:  # fmt: skip
+    """Rollouts from states of the buffer, as many as fall due until the model is fitted again; returns their length."""
+    length, every = scheduled_length(args, step), max(args.model_every, args.num_envs)
+    count = max(1, round(args.rollouts_per_step * every))
+    if args.real_ratio is not None:
+        imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / every))
+    start = buffer.obs[torch.randint(buffer.size, (count,), device=buffer.obs.device)]
+    imagine(elites, formulas, actor, start, length, args.average_members, imagined)
+    return length
+
+
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
     check_time_limit(envs.envs[0], args.env_id)
     obs_dim, skip = envs.obs.shape[1], hidden_positions(envs.envs[0])
-    space: Any = envs.action_space
-    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
-    bounded = bool(torch.isfinite(high - low).all())
-    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be squashed, {space} is not")
-    formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
-    require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
+    low, high = action_bounds(envs, args.env_id, device)
+    formulas = chosen_formulas(args, envs.envs[0])
 
     agent = Agent(obs_dim - skip, low, high, args)
     update = compiled(agent.update, device) if args.compile else agent.update
@@ -1451,13 +1481,7 @@ def main(args: Args) -> dict[str, float]:
                 progress["elites"], fitted = fit_members(model, model_optimizer, buffer, args)
                 elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")
-                length = scheduled_length(args, step)
-                every = max(args.model_every, args.num_envs)
-                count = max(1, round(args.rollouts_per_step * every))
-                if args.real_ratio is not None:
-                    imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / every))
-                start = buffer.obs[torch.randint(buffer.size, (count,), device=device)]
-                imagine(elites, formulas, agent.actor, start, length, args.average_members, imagined)
+                length = branch(args, step, elites, formulas, agent.actor, buffer, imagined)
                 log.scalars(fitted | {"model/rollout_length": float(length)}, step)
                 watch.lap("time/share_rollouts")
 

@@ -983,14 +983,18 @@ def fit(args: Args, model: DynamicsModel, optimizer: torch.optim.Optimizer, trai
     bar.close()
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
     envs = VectorEnv(args.env_id, args.num_envs, args.seed)
     obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
     known = has_known_reward(envs.envs[0])

@@ -293,6 +293,7 @@ def check_args(args: Args) -> None:
     short = f"--steps-per-iteration {args.steps_per_iteration} is less than one step of --num-envs {args.num_envs}"
     require(args.steps_per_iteration >= args.num_envs, short)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
+    require(not (args.eval_only and args.save_data), "--save-data with --eval-only: give it with --resume alone")
     check_data_paths(None if args.resume else args.data, args.save_data)
     if args.capture_video:
         check_video(args.env_id)
@@ -360,6 +361,12 @@ def check_video(env_id: str) -> None:
 def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
     limited = env.spec is not None and env.spec.max_episode_steps is not None
     require(limited, f"--env-id {env_id}: it has no time limit, evaluating might never end: give --max-episode-steps")
+
+
+def check_horizon(args: Args, env: gym.Env[Any, Any]) -> None:
+    limit = env.spec.max_episode_steps if env.spec else None
+    too_far = f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)"
+    require(limit is None or args.horizon <= limit, too_far)
 
 
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
@@ -438,6 +445,15 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+
+
+def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest action, (A,) each."""
+    space: Any = envs.action_space
+    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
+    bounded = bool(torch.isfinite(high - low).all())
+    require(bounded, f"--env-id {env_id}: actions must be bounded, {space} is not")
+    return low, high
 
 
 def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
@@ -524,6 +540,13 @@ def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | No
     return None  # Humanoid-v5 among them: its reward needs the centre of mass, which is not in the observation
 
 
+def chosen_formulas(args: Args, env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
+    """Known reward and termination, or None where the model has to learn them."""
+    formulas = known_formulas(env) if args.reward != "learned" else None
+    require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
+    return formulas
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -588,6 +611,23 @@ def load_data(path: str, env_id: str, obs_dim: int, action_dim: int) -> dict[str
         require(fits, f"--data {path}: {name} is not a tensor of shape {shape}")
     check_data(columns, f"--data {path}")
     return columns
+
+
+def first_data(
+    args: Args, checkpoint: dict[str, Any] | None, envs: VectorEnv, device: torch.device
+) -> tuple[ReplayBuffer, int]:
+    """A buffer with room for the whole run, --data in it; and how many transitions there are before the first fit."""
+    obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
+    data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
+    first_steps: int = len(data["obs"]) if data else args.initial_steps
+    first_steps = checkpoint["progress"]["first_steps"] if checkpoint else first_steps
+    capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
+    capacity = max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity
+    buffer = ReplayBuffer(capacity, obs_dim, action_dim, device)
+    if data:
+        buffer.add(**data)
+        envs.episode += int(buffer.episode.max()) + 1
+    return buffer, first_steps
 
 
 class Normaliser(nn.Module):
@@ -1147,7 +1187,7 @@ MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "cap
 MAY_CHANGE |= {"interim_episodes"}
 # Evaluating changes nothing, and may try another plan with the same model.
 MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start_std"}
-MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "planner_dtype"}
+MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "planner_dtype", "max_episode_steps"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1278,45 +1318,30 @@ def collect(
         log.scalars(speeds, buffer.size)
 
 
-def main(args: Args) -> dict[str, float]:
-    check_args(args)
-    checkpoint = load_checkpoint(args) if args.resume else None
+def prepare_torch(args: Args) -> torch.device:
+    """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
+
+def main(args: Args) -> dict[str, float]:
+    check_args(args)
+    checkpoint = load_checkpoint(args) if args.resume else None
+    device = prepare_torch(args)
     envs = VectorEnv(args.env_id, args.num_envs, args.seed, max_episode_steps=args.max_episode_steps)
     obs_dim, action_dim = envs.obs.shape[1], gym.spaces.flatdim(envs.action_space)
-    space: Any = envs.action_space
-    low, high = (torch.as_tensor(bound).float().to(device) for bound in (space.low, space.high))
-    bounded = bool(torch.isfinite(high - low).all())
-    require(bounded, f"--env-id {args.env_id}: actions must be bounded to be planned over, {space} is not")
+    low, high = action_bounds(envs, args.env_id, device)
     check_time_limit(envs.envs[0], args.env_id)
-    limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
-    too_far = f"--horizon {args.horizon} is longer than an episode of {args.env_id} ({limit} steps)"
-    require(args.horizon <= limit, too_far)
-    formulas = known_formulas(envs.envs[0]) if args.reward != "learned" else None
-    require(formulas is not None or args.reward != "known", f"--reward known: no formula for {args.env_id} is known")
-
-    data = load_data(args.data, args.env_id, obs_dim, action_dim) if args.data and not checkpoint else None
-    first_steps = checkpoint["progress"]["first_steps"] if checkpoint else args.initial_steps
-    first_steps = len(data["obs"]) if data else first_steps
-    capacity = first_steps + args.num_iterations * (args.steps_per_iteration + args.num_envs)
-    buffer = ReplayBuffer(
-        max(capacity, checkpoint["buffer"]["capacity"]) if checkpoint else capacity, obs_dim, action_dim, device
-    )
-    if data:
-        buffer.add(**data)
-        envs.episode += int(buffer.episode.max()) + 1
-    shape: dict[str, Any] = {
-        "ensemble_size": args.ensemble_size,
-        "num_layers": args.num_layers,
-        "hidden_size": args.hidden_size,
-    }
-    shape |= {"activation": args.activation, "learn_reward": formulas is None, "skip": hidden_positions(envs.envs[0])}
-    shape |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
-    model = GaussianEnsemble(obs_dim, action_dim, **shape).to(device)
+    check_horizon(args, envs.envs[0])
+    formulas = chosen_formulas(args, envs.envs[0])
+    buffer, first_steps = first_data(args, checkpoint, envs, device)
+    angles = free_angles(envs.envs[0]) if args.wrap_angles else []
+    model = GaussianEnsemble(
+        obs_dim, action_dim, args.ensemble_size, args.num_layers, args.hidden_size, args.activation,
+        learn_reward=formulas is None, skip=hidden_positions(envs.envs[0]), angles=angles,
+    ).to(device)  # fmt: skip
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
@@ -1334,6 +1359,8 @@ def main(args: Args) -> dict[str, float]:
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             checkpointer.restore(checkpoint)
+            done = progress["iteration"] + 1
+            require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
         if args.eval_only:
             fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
             require(fitted, f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without")

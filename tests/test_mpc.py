@@ -551,12 +551,22 @@ def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_pat
     other = ["--resume", str(run_dir), "--horizon", "3", "--num-candidates", "30"]
     again = script.main(script.parse_args([*other, "--eval-only"]))
     assert again["eval/episodic_return"] != result["eval/episodic_return"]
+    shorter = script.main(script.parse_args([*other, "--eval-only", "--max-episode-steps", "5"]))
+    assert shorter["eval/episodic_length"] == 5
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     for words in (other, ["--resume", str(run_dir), "--eval-only", "--gamma", "0.5"]):
         with pytest.raises(SystemExit) as exit:
             script.main(script.parse_args(words))
         assert exit.value.code == 2 and "cannot change to" in capsys.readouterr().err
     assert {field.name for field in dataclasses.fields(script.Args)} >= script.MAY_CHANGE_TO_EVALUATE
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_cannot_be_resumed_to_be_shorter(script, tmp_path, capsys):
+    _, run_dir = run(script, tiny(script, tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        script.main(script.parse_args(["--resume", str(run_dir), "--num-iterations", "1"]))
+    assert exit.value.code == 2 and f"--num-iterations 1: {run_dir} has had 2" in capsys.readouterr().err
 
 
 def test_what_was_not_learned_is_not_planned_with(tmp_path, capsys):
@@ -774,6 +784,7 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
     [
         (rs, {"horizon": 16}, "--horizon 16 is longer than an episode"),
         (rs, {"eval_only": True}, "--eval-only needs --resume"),
+        (rs, {"resume": "runs/any", "eval_only": True, "save_data": "data.pt"}, "--save-data with --eval-only"),
         (rs, {"gamma": 0.0}, "--gamma"),
         (rs, {"env_id": "unbounded"}, "actions must be bounded"),
         (rs, {"reward": "known"}, "no formula for Pendulum-v1"),

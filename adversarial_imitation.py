@@ -258,6 +258,7 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
         if choices and all(isinstance(choice, str) for choice in choices):
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
+    require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -333,9 +334,8 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
         fail(f"--env-id {env_id}: {error}")
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         require(isinstance(space, gym.spaces.Box), f"--env-id {env_id}: the {name} space must be a Box, it is {space}")
-    require(
-        len(env.action_space.shape or ()) == 1, f"--env-id {env_id}: actions must be vectors, not {env.action_space}"
-    )
+    space, words = env.action_space, f"--env-id {env_id}: actions must be vectors of real numbers"
+    require(len(space.shape or ()) == 1 and np.issubdtype(space.dtype, np.floating), f"{words}, not {space}")
     if len(env.observation_space.shape or ()) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
@@ -378,7 +378,9 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
         return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        action = np.array(action, self.action_space.dtype)  # what is stored is what was done
+        space: Any = self.action_space
+        action = np.array(action, space.dtype)  # what is stored is what was done
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
         self.actions.append(action)
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
@@ -409,7 +411,7 @@ class VectorEnv:
         )  # a class may share one space over all its instances
         self.action_space.seed(seed)
         self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
-        self.episode = np.arange(num_envs)  # which episode each environment is in, numbered over all of them
+        self.episode = np.arange(num_envs)  # which episode each is in; environment i counts i, i + num_envs, ..
         self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended
 
     def random_action(self) -> np.ndarray:
@@ -424,7 +426,7 @@ class VectorEnv:
             if terminated[i] or truncated:
                 self.finished.append((env.episodic_return, len(env.actions)))
                 self.obs[i] = env.reset()[0]
-                self.episode[i] = self.episode.max() + 1
+                self.episode[i] += len(self.envs)
         return next_obs, reward, terminated
 
     def state_dict(self) -> dict[str, Any]:
@@ -1047,8 +1049,9 @@ class Logger:
                 id=run_dir.name, resume="allow", sync_tensorboard=True,
             )  # fmt: skip
         if step is not None and self.path.exists():
-            for row in list(csv.reader(self.path.open()))[1:]:
-                if len(row) == 3 and int(row[0]) <= step:  # a killed process may have torn the last row
+            whole = self.path.read_text().rpartition("\n")[0]  # a killed process may have torn the last row
+            for row in list(csv.reader(whole.splitlines()))[1:]:
+                if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -1169,9 +1172,8 @@ def load_args(run_dir: str) -> Args:
     except (AttributeError, TypeError, ValueError):
         fail(f"--resume {run_dir}: its args.json is not from this script")
     missing = ", ".join(field.name for field in fields(Args) if field.name not in saved)
-    require(
-        not missing, f"--resume {run_dir}: its args.json is from an older version of this script, without {missing}"
-    )
+    words = "its args.json is from another script, or from an older version of this one"
+    require(not missing, f"--resume {run_dir}: {words}, without {missing}")
     return args
 
 

@@ -772,11 +772,11 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 def test_weights_are_checked_even_if_the_losses_are_finite(tmp_path):
     model = md.Ensemble(**SHAPE, learn_reward=False, skip=0)
-    md.check_finite(torch.zeros(1, 4), model, 3, tmp_path)
+    md.check_finite({"model/train_loss": torch.zeros(4)}, model, 3, tmp_path)
     with torch.no_grad():
         model.mlp.biases[1][2] = float("inf")
     with pytest.raises(SystemExit, match=r"non-finite mlp.biases.1 .* step 3; there is no checkpoint yet"):
-        md.check_finite(torch.zeros(1, 4), model, 3, tmp_path)
+        md.check_finite({"model/train_loss": torch.zeros(4)}, model, 3, tmp_path)
 
 
 def test_a_signal_that_comes_after_the_losses_were_left_unread_loses_none(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import signal
+import statistics
 from pathlib import Path
 
 import gymnasium as gym
@@ -236,7 +237,10 @@ def slow_cem(imagine, b, obs, mean, kept, args, draws):
                     spread, epsilon = std[t][a], noise[t, a].item()
                     if args.bounded_sampling:
                         to_bounds = min((mean[t, a] - LOW[a]).item(), (HIGH[a] - mean[t, a]).item())
-                        spread, epsilon = min(spread, to_bounds / 2), min(max(epsilon, -2), 2)
+                        spread = min(spread, to_bounds / 2)
+                        normal = statistics.NormalDist()
+                        share = normal.cdf(-2) + (normal.cdf(2) - normal.cdf(-2)) * normal.cdf(epsilon)
+                        epsilon = normal.inv_cdf(share)
                     plan[t, a] = min(max(mean[t, a].item() + spread * epsilon, LOW[a].item()), HIGH[a].item())
             candidates.append(plan)
         candidates += kept
@@ -251,7 +255,7 @@ def slow_cem(imagine, b, obs, mean, kept, args, draws):
                 variance = ((values - values.mean()) ** 2).mean().item()
                 std[t][a] = (args.cem_alpha * variance + (1 - args.cem_alpha) * std[t][a] ** 2) ** 0.5
                 mean[t, a] = args.cem_alpha * values.mean() + (1 - args.cem_alpha) * mean[t, a]
-        kept = list(elites[: int(args.keep_elites * args.num_elites)])
+        kept = list(elites[: round(args.keep_elites * args.num_elites)])
     promises = [returns[k] for k in order]
     if args.execute == "mean":
         return mean[0], sum(promises) / len(promises), mean, elites
@@ -274,7 +278,7 @@ def test_cem_is_the_equations_of_the_docstring(flags):
     goal = LOW + (HIGH - LOW) * torch.rand(H, A)
     imagine = lambda obs, plans: obs.sum(1)[:, None] - (plans - goal).square().sum((-1, -2))  # noqa: E731
     obs, mean = torch.randn(B, D), (LOW + HIGH) / 2 + 0.1 * torch.randn(B, H, A)
-    kept = LOW + (HIGH - LOW) * torch.rand(B, int(args.keep_elites * 4), H, A)
+    kept = LOW + (HIGH - LOW) * torch.rand(B, round(args.keep_elites * 4), H, A)
     torch.manual_seed(1)
     action, promise, plan, elites, spread = cem.cem(imagine, obs, mean, kept, LOW, HIGH, args)
     torch.manual_seed(1)
@@ -597,12 +601,24 @@ def test_each_episode_is_collected_with_a_member_of_its_own(tmp_path, monkeypatc
     args = dataclasses.replace(args, keep_elites=0.0, mean_candidate=False)
     _, run_dir = run(cem, args)
     episodes = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["episode"][60:].view(-1, 3)
-    assert members == (episodes % 2).tolist() and len({tuple(row) for row in members}) > 1
+    assert len(episodes.unique()) > 3, "some episode ended, and another one began"
+    for own, mine in zip(episodes.T.tolist(), zip(*members, strict=True), strict=True):
+        for before, after, first, second in zip(own, own[1:], mine, mine[1:], strict=False):
+            assert (first != second) == (before != after), "another member in another episode, and only there"
     evaluated, collected = [(False, 20)] * 15, [(True, 40)] * 10
     assert asked == evaluated + collected + evaluated, "all members evaluate; alone, each can try more"
     asked.clear()
     cem.main(dataclasses.replace(args, thompson=False, seed=2))
     assert asked == [(False, 20)] * 40
+
+
+def test_bounded_samples_are_of_a_gaussian_that_is_cut_off():
+    torch.manual_seed(0)
+    noise = torch.randn(100_000)
+    cut = cem.truncated(noise)
+    assert cut.abs().max() < 2 and (cut[noise.argsort()].diff() >= 0).all()
+    assert cut.std() == pytest.approx(0.8796, abs=0.005)  # of a standard normal variable between -2 and 2
+    assert ((cut > 1.9) & (cut < 2)).float().mean() < 0.01, "nothing is piled up at the end"
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):
@@ -771,9 +787,35 @@ class Endless(gym.Env):
         return np.zeros(3, np.float32), 0.0, False, False, {}
 
 
+class Whole(Endless):
+    action_space = gym.spaces.Box(-2, 2, (2,), np.int64)
+
+
+class Paid(Endless):
+    """Pays the first action, whatever `batch_reward` says; its bounds are no numbers of 32 bits."""
+
+    action_space = gym.spaces.Box(-0.1, 0.1, (2,), np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return np.zeros(3, np.float32), float(action[0]), False, False, {}
+
+
+class Odd(Endless):
+    """Pays nothing that is a number, now and then."""
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 0.0 if action[0] < 0 else np.nan, False, False, {}
+
+
 COLUMN = {"batch_reward": lambda o, a, n: n[..., :1], "batch_terminated": lambda n: n[..., 0] > 1}
 RAISES = {"batch_reward": lambda o, a, n: n[..., 0], "batch_terminated": lambda o, n: n[..., 0] > 1}
 gym.register("Endless-v0", Endless)
+gym.register("Whole-v0", Whole)
+gym.register("Odd-v0", Odd)
+for name, formula in {"Honest-v0": lambda o, a, n: a[..., 0], "Other-v0": lambda o, a, n: a[..., 1]}.items():
+    never = {"batch_terminated": lambda n: n[..., 0] > 1}
+    gym.register(name, Paid, kwargs={"batch_reward": formula} | never)
 gym.register("HalfKnown-v0", Endless, kwargs={"batch_reward": RAISES["batch_reward"]})
 gym.register("Column-v0", Endless, kwargs=COLUMN)
 gym.register("Raises-v0", Endless, kwargs=RAISES)
@@ -802,6 +844,12 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (cem, {"env_id": "Ant-v5", "true_dynamics": True}, "V has seen more than joints"),
         (cem, {"keep_elites": 1.5}, "--keep-elites"),
         (cem, {"true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
+        (cem, {"env_id": "envs:Reacher7DoF-v0", "true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
+        (cem, {"start": "uniform", "shift_plan": False}, "--keep-elites 0"),
+        (cem, {"noise_beta": 11.0}, "--noise-beta must be at most 10"),
+        (cem, {"candidate_decay": 1e200}, "--candidate-decay must be at most 100"),
+        (rs, {"exp_name": "x" * 101}, "--exp-name has 101 characters"),
+        (rs, {"env_id": "Whole-v0"}, "actions must be vectors of real numbers"),
     ],
 )
 def test_bad_arguments(script, tmp_path, capfd, changes, words):
@@ -817,6 +865,43 @@ def test_bad_arguments(script, tmp_path, capfd, changes, words):
     lines = capfd.readouterr().err.strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("env_id, told", [("Honest-v0", False), ("Other-v0", True)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_reward_that_is_not_the_one_that_is_paid_is_noticed(script, env_id, told, tmp_path, capsys):
+    script.main(tiny(script, tmp_path, env_id=env_id, num_iterations=1))
+    assert ("the reward that is planned for is" in capsys.readouterr().err) == told
+
+
+def test_actions_at_a_rounded_bound_are_within_the_bounds(tmp_path):
+    envs = cem.VectorEnv("Honest-v0", 1, 0, max_episode_steps=5)
+    low, high = cem.action_bounds(envs, "Honest-v0", torch.device("cpu"))
+    assert high.double().max() > 0.1  # rounded up
+    envs.step(high[None].numpy())  # the environment itself checks
+    envs.step(low[None].numpy())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_environment_gets_wrong_is_not_blamed_on_the_model(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(tiny(script, tmp_path, env_id="Odd-v0"))
+    assert "Odd-v0: reward has" in capsys.readouterr().err
+
+
+def test_a_torn_row_is_dropped_and_the_rest_kept(tmp_path):
+    args = tiny(rs, tmp_path)
+    rs.Logger(tmp_path, args).scalars({"eval/episodic_return": 1.5}, 3)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,eval/episodic_return,12")  # of 12.5, say
+    assert rs.Logger(tmp_path, args, step=9).history["eval/episodic_return"] == [(3, 1.5)]
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path, capsys):
+    _, run_dir = run(rs, tiny(rs, tmp_path, num_iterations=1))
+    with pytest.raises(SystemExit) as exit:
+        cem.parse_args(["--resume", str(run_dir)])
+    assert exit.value.code == 2 and "its args.json is from another script" in capsys.readouterr().err
 
 
 def test_the_example_of_the_readme_runs():

@@ -1046,7 +1046,7 @@ class Planner:
         """Forget what was planned for the environments whose episode has ended, (B,)."""
         if ended.any():
             self.mean[torch.as_tensor(ended)] = self.middle
-            self.kept[torch.as_tensor(ended)] = self.middle
+            self.kept[torch.as_tensor(ended)] = self.middle  # these compete until there are elites
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> tuple[Tensor, Tensor]:

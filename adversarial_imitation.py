@@ -1335,6 +1335,7 @@ def main(args: Args) -> dict[str, float]:
                     found = tell_apart(args, discriminator, optimizer, agent.actor, absorption, expert_steps, buffer)
                     judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
                     watch.lap("time/share_discriminator")
+                # Fool it.
                 batch = obs, action, next_obs, terminated = sample_batch(args, buffer, skip)
                 paid = args.algo == "control"
                 reward = torch.ones_like(terminated) if paid else learned_reward(discriminator, batch, absorbing)

@@ -1332,6 +1332,17 @@ def collect(
         log.scalars(speeds, buffer.size)
 
 
+def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) -> None:
+    """Go on from a checkpoint that is neither beyond what was asked for nor too early to evaluate."""
+    checkpointer.restore(checkpoint)
+    progress, run_dir = checkpointer.progress, checkpointer.run_dir
+    done = progress["iteration"] + 1
+    require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
+    fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
+    early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
+    require(fitted or not args.eval_only, early)
+
+
 def prepare_torch(args: Args) -> torch.device:
     """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
@@ -1372,12 +1383,8 @@ def main(args: Args) -> dict[str, float]:
     parts = {"model": model, "optimizer": optimizer, "buffer": buffer, "envs": envs, "planner": planner}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
-            checkpointer.restore(checkpoint)
-            done = progress["iteration"] + 1
-            require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
+            restore(args, checkpointer, checkpoint)
         if args.eval_only:
-            fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
-            require(fitted, f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without")
             refresh(fast, model)
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)

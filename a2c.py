@@ -173,7 +173,7 @@ class Args:
 
     # Algorithm
     gamma: float = 0.99
-    """discount factor; 1 sums the rewards"""
+    """discount factor"""
     gae_lambda: float | None = 0.95
     """λ of equation 2; None: advantages are returns"""
     reward_to_go: bool = True
@@ -220,6 +220,10 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
     require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    folder = Path(args.log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"--log-dir {args.log_dir}: cannot write there")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -294,7 +298,7 @@ def check_video(env_id: str) -> None:
         env.reset()
         env.render()
     except Exception as error:  # a missing library, or an environment that has no pictures
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+        fail(f"--capture-video: {env_id} cannot be drawn: {error!r}")
     env.close()
 
 
@@ -638,7 +642,7 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
+    kwargs = {"max_episode_steps": max_episode_steps} | ({"render_mode": "rgb_array"} if video else {})
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
     seen, done, numbers, returns, seconds = [], [], [], np.zeros(episodes), []
@@ -714,13 +718,11 @@ class Logger:
             for row in list(csv.reader(whole.splitlines()))[1:]:
                 if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir {args.log_dir}: {error}")
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
-        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        kept = [(at, f"{tag},{value!r}") for tag, points in self.history.items() for at, value in points]
+        rows = [f"{at},{rest}\n" for at, rest in sorted(kept, key=lambda row: row[0])]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
         self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
 
@@ -767,9 +769,9 @@ class Checkpointer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.progress.update(checkpoint["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
-        self.progress.update(checkpoint["progress"])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available() and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -866,9 +868,15 @@ def new_run_dir(args: Args) -> Path:
 
 
 def parse_args(command_line: list[str] | None = None) -> Args:
-    """With --resume, the earlier run's settings are the defaults."""
+    """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
-    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+    if args.resume is None:
+        return args
+    saved = load_args(args.resume)
+    if getattr(args, "eval_only", False):
+        for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
+            setattr(saved, name, getattr(Args, name))
+    return tyro.cli(Args, args=command_line, default=saved)
 
 
 # Differs: a policy needs its means and spreads, and is made anew from its sizes

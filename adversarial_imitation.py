@@ -63,10 +63,11 @@ Usage:
     python adversarial_imitation.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
     python adversarial_imitation.py --resume RUN_DIR                  # go on exactly where it stopped
     python adversarial_imitation.py --resume RUN_DIR --eval-only      # the evaluation of that run again
+    python adversarial_imitation.py --resume RUN_DIR --save-policy imitator.pt    # its actor: load_expert(..).mode(obs)
 
 Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-policy` or of CleanRL's SAC, a Minari
 dataset, or a file of --save-data or a dict of `observations`, `actions` and `mean_reward` (not for AIRL, which needs to
-know what follows what). An episode of the data that is shorter than the time limit counts as ended.
+know what follows what). Files say which episodes ended and which were only cut short.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -216,7 +217,7 @@ class Args:
 
     # Actor and critic
     gamma: float = 0.99
-    """discount factor; 1 sums the rewards"""
+    """discount factor"""
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
@@ -259,6 +260,10 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
     require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    folder = Path(args.log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"--log-dir {args.log_dir}: cannot write there")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -272,8 +277,8 @@ def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every max_episode_steps num_episodes total_timesteps num_envs eval_every"
     one += " eval_episodes interim_episodes units discriminator_every discriminator_units newest"
     zero = "seed alpha gradient_penalty"
-    two = {"initial_steps": 2, "buffer_size": 2, "batch_size": 2}
-    check_fields(args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | two)
+    more = {"initial_steps": 2, "buffer_size": 2, "batch_size": 2}
+    check_fields(args, dict.fromkeys(one.split(), 1) | dict.fromkeys(zero.split(), 0) | more)
     require(0 <= args.gamma < 1, f"--gamma must lie in [0, 1): the values are endless sums; got {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must lie in (0, 1], got {args.tau}")
     rate = args.discriminator_learning_rate
@@ -284,7 +289,11 @@ def check_args(args: Args) -> None:
     few = f"--initial-steps {args.initial_steps} of --total-timesteps {args.total_timesteps}: nothing would be learned"
     require(args.initial_steps < args.total_timesteps, few)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
-    require(args.data is None or args.minari_id is None, "--data and --minari-id are two sources: give one of them")
+    sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
+    two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
+    require(len(sources) < 2, f"{two} are two sources: give one of them")
+    fixed = args.algo == "airl" or args.alpha is not None
+    require(target == "auto" or not fixed, "--target-entropy is for an --alpha that adapts itself, this one is fixed")
     if args.data is not None and args.resume is None:
         require(Path(args.data).is_file(), f"--data {args.data}: there is no such file")
     if args.resume is None and args.data is None and args.minari_id is None:
@@ -351,7 +360,7 @@ def check_video(env_id: str) -> None:
         env.reset()
         env.render()
     except Exception as error:  # a missing library, or an environment that has no pictures
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+        fail(f"--capture-video: {env_id} cannot be drawn: {error!r}")
     env.close()
 
 
@@ -469,10 +478,11 @@ class ReplayBuffer:
 
     def add(self, **rows: np.ndarray | Tensor) -> None:
         count = len(rows["obs"])
-        index = (self.position + torch.arange(count)) % self.capacity
+        first = max(0, count - self.capacity)  # of more rows than there is room for the newest are kept
+        index = (self.position + torch.arange(first, count)) % self.capacity
         for name, values in rows.items():
             column = getattr(self, name)
-            column[index] = torch.as_tensor(values).to(column)
+            column[index] = torch.as_tensor(values)[first:].to(column)
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
@@ -492,30 +502,37 @@ class ReplayBuffer:
 class Demonstrations:
     """What to imitate: observations, the expert's actions there, and which episode each comes from."""
 
-    def __init__(self, obs: Tensor, action: Tensor, episode: Tensor, expert_return: float):
+    def __init__(
+        self, obs: Tensor, action: Tensor, episode: Tensor, expert_return: float, terminated: Tensor | None = None
+    ):
+        """`terminated`: True where the episode's last step terminated it. None: rows of who knows which episodes."""
         order = torch.sort(episode, stable=True).indices  # by episode, and by time within it
         self.obs, self.action, self.episode = obs[order].float(), action[order].float(), episode[order]
-        self.expert_return = expert_return
+        self.expert_return, self.terminated = expert_return, terminated
+        if terminated is not None:
+            self.last = self.episode != torch.cat([self.episode[1:], self.episode[-1:] + 1])
+            self.terminated = self.last & terminated[order].bool()
 
-    def transitions(self, limit: int, ordered: bool) -> Transitions:
-        """obs, action, next_obs, terminated. An episode shorter than `limit` ended with its last step; what followed
-        the last step of any other nobody knows, and it is left out."""
-        if not ordered:  # rows of who knows which episodes: GAIL does not ask what came next
+    def transitions(self) -> Transitions:
+        """obs, action, next_obs, terminated. What followed an episode's last step, if it did not terminate it, nobody
+        knows, and that step is left out."""
+        if self.terminated is None:  # GAIL does not ask what came next
             return self.obs, self.action, self.obs, torch.zeros_like(self.obs[:, 0])
-        _, index, counts = self.episode.unique(return_inverse=True, return_counts=True)
-        last = torch.cat([self.episode[1:] != self.episode[:-1], self.episode.new_ones(1, dtype=torch.bool)])
-        ended = last & (counts[index] < limit)
-        rows = (~last | ended).nonzero()[:, 0]
-        following = torch.where(ended[rows], rows, rows + 1)  # after an end nothing is looked at
-        return self.obs[rows], self.action[rows], self.obs[following], ended[rows].float()
+        rows = (~self.last | self.terminated).nonzero()[:, 0]
+        following = torch.where(self.terminated[rows], rows, rows + 1)  # after an end nothing is looked at
+        return self.obs[rows], self.action[rows], self.obs[following], self.terminated[rows].float()
 
-    def absorbed(self, limit: int, ordered: bool) -> float:
-        """Share of the absorbing state in episodes of this length; at least one step of them all, for logarithms."""
-        counts = self.episode.unique(return_counts=True)[1] if ordered else torch.tensor([limit])
-        return max((limit - counts).clamp(min=0).sum().item(), 1) / (limit * len(counts))
+    def absorbed(self, limit: int) -> float:
+        """Share of the absorbing state if each episode that has terminated goes on in it up to this limit; at least one
+        step, for logarithms."""
+        steps = 0.0
+        if self.terminated is not None:
+            _, index, counts = self.episode.unique(return_inverse=True, return_counts=True)
+            steps = (limit - counts[index[self.terminated]]).clamp(min=0).sum().item()
+        return max(steps, 1) / (max(steps, 1) + len(self.obs))
 
     def state_dict(self) -> dict[str, Any]:
-        tensors = {"obs": self.obs, "action": self.action, "episode": self.episode}
+        tensors = {"obs": self.obs, "action": self.action, "episode": self.episode, "terminated": self.terminated}
         return {**tensors, "expert_return": self.expert_return}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -530,6 +547,7 @@ def check_data(columns: dict[str, Tensor], source: str) -> None:
             fail(f"{source}: {name} has {len(bad)} non-finite values, the first in {where}")
 
 
+# Differs: how an episode ended matters
 def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
     """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
     try:
@@ -541,6 +559,7 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
         source = data["env_id"] if ours else data.get("env_id", env_id)
         episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
+        terminated = torch.as_tensor(data["terminated"]) if ours else None
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward ({error!r})")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
@@ -549,27 +568,33 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
     shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
-    whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
-    require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
+    whole = episode.shape == (len(obs),) and (reward.shape == (len(obs),) or not ours)
+    require(whole, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
+    require(not episode.is_floating_point(), f"--data {path}: episodes must be numbered by integers")
     named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
     check_data(named, f"--data {path}")
-    return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
+    require(terminated is None or terminated.shape == episode.shape, f"--data {path}: terminated is not (N,)")
+    return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()), terminated)
 
 
-def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demonstrations:
+# Differs: how an episode ended matters
+def from_minari(name: str, episodes: int, env_id: str, obs_dim: int, action_dim: int) -> Demonstrations:
     """The first episodes of a Minari dataset, downloaded unless it is there; a dataset knows what its expert earned."""
     import minari
 
     try:
         dataset = minari.load_dataset(name, download=name not in minari.list_local_datasets())
+        source = dataset.env_spec.id if dataset.env_spec else env_id
         found = list(itertools.islice(dataset.iterate_episodes(), episodes))
         obs = [
             torch.as_tensor(np.asarray(each.observations)[:-1]) for each in found
         ]  # T + 1 rows: the last is no start
         action = [torch.as_tensor(np.asarray(each.actions)) for each in found]
         returns = [float(np.sum(each.rewards)) for each in found]
+        ends = [bool(each.terminations[-1]) for each in found]
     except Exception as error:  # the network, the file, or the dataset's own code
         fail(f"--minari-id {name}: {error}")
+    require(source == env_id, f"--minari-id {name} is from {source}, not from {env_id}")
     require(bool(found), f"--minari-id {name}: it has no episodes")
     shapes = f"{tuple(obs[0].shape)} and {tuple(action[0].shape)}"
     fits = obs[0].shape[1:] == (obs_dim,) and action[0].shape[1:] == (action_dim,)
@@ -578,7 +603,9 @@ def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demo
     )
     check_data({"observations": torch.cat(obs), "actions": torch.cat(action)}, f"--minari-id {name}")
     episode = torch.cat([torch.full((len(part),), number) for number, part in enumerate(action)])
-    return Demonstrations(torch.cat(obs), torch.cat(action), episode, float(np.mean(returns)))
+    return Demonstrations(
+        torch.cat(obs), torch.cat(action), episode, float(np.mean(returns)), torch.tensor(ends)[episode]
+    )
 
 
 def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: Tensor) -> None:
@@ -692,19 +719,18 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved = saved[0] if isinstance(saved, (tuple, list)) else saved
         source, weights = saved.get("env_id", env_id), saved.get("actor", saved)
-        units, seen = weights["fc1.weight"].shape
-        fits = seen == obs_dim and weights["fc_mean.weight"].shape[0] == len(low)
+        (units, seen), moves = weights["fc1.weight"].shape, len(weights["fc_mean.weight"])
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error!r})")
     require(source == env_id, f"--expert {path} was made for {source}, not for {env_id}")
-    require(
-        fits, f"--expert {path} sees {seen} dimensions and moves {len(weights['fc_mean.bias'])}: not those of {env_id}"
-    )
+    fits = seen == obs_dim and moves == len(low)
+    require(fits, f"--expert {path} sees {seen} dimensions and moves {moves}: not those of {env_id}")
     actor = Actor(obs_dim, low.cpu(), high.cpu(), units)
     try:
         actor.load_state_dict({name: weight.view_as(actor.state_dict()[name]) for name, weight in weights.items()})
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError) as error:
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
+    check_data(actor.state_dict(), f"--expert {path}")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -977,7 +1003,7 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
+    kwargs = {"max_episode_steps": max_episode_steps} | ({"render_mode": "rgb_array"} if video else {})
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
     seen, done, numbers, returns, seconds = [], [], [], np.zeros(episodes), []
@@ -1053,13 +1079,11 @@ class Logger:
             for row in list(csv.reader(whole.splitlines()))[1:]:
                 if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir {args.log_dir}: {error}")
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
-        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        kept = [(at, f"{tag},{value!r}") for tag, points in self.history.items() for at, value in points]
+        rows = [f"{at},{rest}\n" for at, rest in sorted(kept, key=lambda row: row[0])]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
         self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
 
@@ -1106,9 +1130,9 @@ class Checkpointer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.progress.update(checkpoint["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
-        self.progress.update(checkpoint["progress"])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available() and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -1158,7 +1182,8 @@ class Stopwatch:
 
 
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-MAY_CHANGE |= {"total_timesteps", "save_policy", "eval_only", "eval_episodes", "capture_video"}
+MAY_CHANGE |= {"total_timesteps", "save_policy", "eval_only", "eval_episodes", "capture_video", "eval_every"}
+MAY_CHANGE |= {"interim_episodes"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1205,25 +1230,35 @@ def new_run_dir(args: Args) -> Path:
 
 
 def parse_args(command_line: list[str] | None = None) -> Args:
-    """With --resume, the earlier run's settings are the defaults."""
+    """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
-    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+    if args.resume is None:
+        return args
+    saved = load_args(args.resume)
+    if getattr(args, "eval_only", False):
+        for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
+            setattr(saved, name, getattr(Args, name))
+    return tyro.cli(Args, args=command_line, default=saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], device: torch.device) -> Demonstrations:
+# Differs: how an episode ended matters
+def demonstrate(
+    args: Args, expert: Actor | None, sizes: tuple[int, int, int], limit: int, device: torch.device
+) -> Demonstrations:
     """The expert's episodes, from wherever they are to come."""
     obs_dim, skip, action_dim = sizes
     if args.data is not None:
         return from_file(args.data, args.env_id, obs_dim, skip, action_dim)
     if args.minari_id is not None:
-        return from_minari(args.minari_id, args.num_episodes, obs_dim, action_dim)
+        return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None
     seed = args.seed + 2_000_000
     rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
-    return Demonstrations(*rows[:3], rows[3].mean().item())
+    early = rows[2].bincount()[rows[2]] < limit  # whole episodes: what ended before the limit has terminated
+    return Demonstrations(*rows[:3], rows[3].mean().item(), early)
 
 
 def save_policy(path: Path, args: Args, agent: Agent, metrics: dict[str, float]) -> None:
@@ -1253,18 +1288,18 @@ def expert_data(
 ) -> tuple[Demonstrations, list[Tensor], float]:
     """The demonstrations, their transitions, and the share of the time limit that their episodes do not live to see."""
     if checkpoint:
-        data = Demonstrations(*(checkpoint["data"][name] for name in ("obs", "action", "episode", "expert_return")))
+        names = ("obs", "action", "episode", "expert_return", "terminated")
+        data = Demonstrations(*(checkpoint["data"][name] for name in names))
     else:
         recorded = args.data is not None or args.minari_id is not None
         expert = None if recorded else load_expert(expert_path(args), args.env_id, dims[0], low, high)
-        data = demonstrate(args, expert, dims, low.device)
+        data = demonstrate(args, expert, dims, limit, low.device)
     check_demonstrations(data, args.env_id, low, high)
-    ordered = args.data is None or len(data.episode.unique()) > 1  # a dict of observations and actions has no episodes
     unknown = f"--data {args.data} does not tell episodes apart, and AIRL needs to know which steps follow each other"
-    require(ordered or args.algo != "airl", unknown)
-    transitions = [column.to(low.device) for column in data.transitions(limit, ordered)]
+    require(data.terminated is not None or args.algo != "airl", unknown)
+    transitions = [column.to(low.device) for column in data.transitions()]
     require(len(transitions[0]) > 1, "the demonstrations are too short: nothing is known to follow anything")
-    return data, transitions, data.absorbed(limit, ordered)
+    return data, transitions, data.absorbed(limit)
 
 
 def prepare_torch(args: Args) -> torch.device:
@@ -1284,6 +1319,8 @@ def main(args: Args) -> dict[str, float]:
     skip = hidden_positions(envs.envs[0])
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
     low, high = action_bounds(envs, args.env_id, device)
+    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
+    require(bool((high > low).all()), fixed)
     limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
     data, expert_steps, absorbed = expert_data(args, checkpoint, (obs_dim, skip, action_dim), low, high, limit)
 
@@ -1306,6 +1343,8 @@ def main(args: Args) -> dict[str, float]:
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             checkpointer.restore(checkpoint)
+            few = f"--total-timesteps {args.total_timesteps}: {run_dir} has had {progress['step']}"
+            require(progress["step"] < args.total_timesteps + args.num_envs, few)
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)

@@ -228,6 +228,10 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
     require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    folder = Path(args.log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"--log-dir {args.log_dir}: cannot write there")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -312,7 +316,7 @@ def check_video(env_id: str) -> None:
         env.reset()
         env.render()
     except Exception as error:  # a missing library, or an environment that has no pictures
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+        fail(f"--capture-video: {env_id} cannot be drawn: {error!r}")
     env.close()
 
 
@@ -490,19 +494,21 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
     shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
-    whole = len(episode) == len(obs) and (len(reward) == len(obs) or not ours)
-    require(whole, f"--data {path}: its columns have {len(obs)}, {len(episode)} and {len(reward)} rows")
+    whole = episode.shape == (len(obs),) and (reward.shape == (len(obs),) or not ours)
+    require(whole, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
+    require(not episode.is_floating_point(), f"--data {path}: episodes must be numbered by integers")
     named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
     check_data(named, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
 
-def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demonstrations:
+def from_minari(name: str, episodes: int, env_id: str, obs_dim: int, action_dim: int) -> Demonstrations:
     """The first episodes of a Minari dataset, downloaded unless it is there; a dataset knows what its expert earned."""
     import minari
 
     try:
         dataset = minari.load_dataset(name, download=name not in minari.list_local_datasets())
+        source = dataset.env_spec.id if dataset.env_spec else env_id
         found = list(itertools.islice(dataset.iterate_episodes(), episodes))
         obs = [
             torch.as_tensor(np.asarray(each.observations)[:-1]) for each in found
@@ -511,6 +517,7 @@ def from_minari(name: str, episodes: int, obs_dim: int, action_dim: int) -> Demo
         returns = [float(np.sum(each.rewards)) for each in found]
     except Exception as error:  # the network, the file, or the dataset's own code
         fail(f"--minari-id {name}: {error}")
+    require(source == env_id, f"--minari-id {name} is from {source}, not from {env_id}")
     require(bool(found), f"--minari-id {name}: it has no episodes")
     shapes = f"{tuple(obs[0].shape)} and {tuple(action[0].shape)}"
     fits = obs[0].shape[1:] == (obs_dim,) and action[0].shape[1:] == (action_dim,)
@@ -828,19 +835,18 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved = saved[0] if isinstance(saved, (tuple, list)) else saved
         source, weights = saved.get("env_id", env_id), saved.get("actor", saved)
-        units, seen = weights["fc1.weight"].shape
-        fits = seen == obs_dim and weights["fc_mean.weight"].shape[0] == len(low)
+        (units, seen), moves = weights["fc1.weight"].shape, len(weights["fc_mean.weight"])
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error!r})")
     require(source == env_id, f"--expert {path} was made for {source}, not for {env_id}")
-    require(
-        fits, f"--expert {path} sees {seen} dimensions and moves {len(weights['fc_mean.bias'])}: not those of {env_id}"
-    )
+    fits = seen == obs_dim and moves == len(low)
+    require(fits, f"--expert {path} sees {seen} dimensions and moves {moves}: not those of {env_id}")
     actor = Actor(obs_dim, low.cpu(), high.cpu(), units)
     try:
         actor.load_state_dict({name: weight.view_as(actor.state_dict()[name]) for name, weight in weights.items()})
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError) as error:
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
+    check_data(actor.state_dict(), f"--expert {path}")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -853,7 +859,7 @@ def run_episodes(
     max_episode_steps: int | None, video: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray, float]:  # fmt: skip
     """Whole episodes side by side: obs (N, D), action (N, A), episode (N,), returns (episodes,), seconds of acting."""
-    kwargs = {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array" if video else None}
+    kwargs = {"max_episode_steps": max_episode_steps} | ({"render_mode": "rgb_array"} if video else {})
     envs = VectorEnv(env_id, episodes, seed, **kwargs)
     skip, alive, frames = hidden_positions(envs.envs[0]), np.ones(episodes, bool), []
     seen, done, numbers, returns, seconds = [], [], [], np.zeros(episodes), []
@@ -985,13 +991,11 @@ class Logger:
             for row in list(csv.reader(whole.splitlines()))[1:]:
                 if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir {args.log_dir}: {error}")
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
-        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        kept = [(at, f"{tag},{value!r}") for tag, points in self.history.items() for at, value in points]
+        rows = [f"{at},{rest}\n" for at, rest in sorted(kept, key=lambda row: row[0])]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
         self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
 
@@ -1038,9 +1042,9 @@ class Checkpointer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.progress.update(checkpoint["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
-        self.progress.update(checkpoint["progress"])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available() and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -1068,7 +1072,7 @@ class Checkpointer:
 
 
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
-MAY_CHANGE |= {"dagger_rounds", "eval_only", "eval_episodes", "capture_video"}
+MAY_CHANGE |= {"dagger_rounds", "expert", "eval_only", "eval_episodes", "capture_video"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1087,14 +1091,16 @@ def load_args(run_dir: str) -> Args:
     return args
 
 
+# Differs: an evaluation may act otherwise
 def load_checkpoint(args: Args) -> dict[str, Any]:
     """The checkpoint of the run to resume, after checking that it is one and that the settings still fit it."""
     assert args.resume is not None
     saved_args = asdict(load_args(args.resume))
+    may_change = MAY_CHANGE | ({"sample"} if args.eval_only else set())
     for name, value in asdict(args).items():
         was = saved_args[name]
         message = f"--{name.replace('_', '-')} was {was} in {args.resume} and cannot change to {value}"
-        require(name in MAY_CHANGE or value == was, message)
+        require(name in may_change or value == was, message)
     path = Path(args.resume) / "checkpoint.pt"
     require(path.is_file(), f"--resume {args.resume}: it has no checkpoint.pt, start it anew")
     try:
@@ -1115,9 +1121,15 @@ def new_run_dir(args: Args) -> Path:
 
 
 def parse_args(command_line: list[str] | None = None) -> Args:
-    """With --resume, the earlier run's settings are the defaults."""
+    """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
-    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+    if args.resume is None:
+        return args
+    saved = load_args(args.resume)
+    if getattr(args, "eval_only", False):
+        for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
+            setattr(saved, name, getattr(Args, name))
+    return tyro.cli(Args, args=command_line, default=saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1129,7 +1141,7 @@ def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], d
     if args.data is not None:
         return from_file(args.data, args.env_id, obs_dim, skip, action_dim)
     if args.minari_id is not None:
-        return from_minari(args.minari_id, args.num_episodes, obs_dim, action_dim)
+        return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None
     seed = args.seed + 2_000_000
     rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
@@ -1239,6 +1251,8 @@ def main(args: Args) -> dict[str, float]:
     skip = hidden_positions(envs.envs[0])
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
     low, high = action_bounds(envs, args.env_id, device)
+    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
+    require(bool((high > low).all()), fixed)
     recorded = args.data is not None or args.minari_id is not None
     needed = not checkpoint or checkpoint["progress"]["round"] < args.dagger_rounds  # the data lie in the checkpoint
     needed = needed and (args.expert is not None or not recorded) and not args.eval_only

@@ -47,6 +47,8 @@ Usage:
     python mbpo_sac.py --resume RUN_DIR                     # go on exactly where it stopped
     python mbpo_sac.py --resume RUN_DIR --eval-only         # the evaluation of that run again
     python mbpo_sac.py --resume RUN_DIR --save-policy expert.pt     # its actor, as an expert for bc_variants.py
+    actor = Actor(obs_dim, low, high, 256)                          # ... and in your own code
+    actor.load_state_dict(torch.load("expert.pt")["actor"]); action = actor.mode(obs)
 
 The course's Dyna (CS285 homework 4: deterministic members that are averaged, known reward, one buffer for real and
 imagined steps, a fixed number of updates after each 5,000 steps) is
@@ -196,7 +198,7 @@ class Args:
 
     # Actor and critic
     gamma: float = 0.99
-    """discount factor; 1 sums the rewards"""
+    """discount factor"""
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
@@ -289,6 +291,10 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
     require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    folder = Path(args.log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"--log-dir {args.log_dir}: cannot write there")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -317,6 +323,9 @@ def check_args(args: Args) -> None:
     target = args.target_entropy
     fine = target == "auto" or (not isinstance(target, str) and math.isfinite(target))
     require(fine, f"--target-entropy must be auto or a number, got {target}")
+    fixed = target != "auto" and args.alpha is not None
+    require(not fixed, "--target-entropy is for an --alpha that adapts itself, this one is fixed")
+    require(args.utd_ratio > 0, "--utd-ratio 0: nothing would be learned")
     many = f"--elite-members {args.elite_members} of --ensemble-size {args.ensemble_size}: elites are some of them"
     require(args.elite_members <= args.ensemble_size, many)
     if args.rollout_schedule:
@@ -390,7 +399,7 @@ def check_video(env_id: str) -> None:
         env.reset()
         env.render()
     except Exception as error:  # a missing library, or an environment that has no pictures
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+        fail(f"--capture-video: {env_id} cannot be drawn: {error!r}")
     env.close()
 
 
@@ -530,10 +539,11 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     obs, action = (torch.zeros(2, 3, size) for size in sizes)
     for part, arguments in (("batch_reward", (obs, action, obs)), ("batch_terminated", (obs,))):
         try:
-            shape = tuple(getattr(task, part)(*arguments).shape)
+            found = getattr(task, part)(*arguments)
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         except Exception as error:  # an environment's own code raises what it likes
             fail(f"{name}: {part} failed on zeros, (2, 3, D): {error}")
-        require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be (2, 3), it is {shape}")
+        require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be a tensor (2, 3), it is {shape}")
 
 
 def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
@@ -599,10 +609,11 @@ class ReplayBuffer:
 
     def add(self, **rows: np.ndarray | Tensor) -> None:
         count = len(rows["obs"])
-        index = (self.position + torch.arange(count)) % self.capacity
+        first = max(0, count - self.capacity)  # of more rows than there is room for the newest are kept
+        index = (self.position + torch.arange(first, count)) % self.capacity
         for name, values in rows.items():
             column = getattr(self, name)
-            column[index] = torch.as_tensor(values).to(column)
+            column[index] = torch.as_tensor(values)[first:].to(column)
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
@@ -632,6 +643,17 @@ class ResizableBuffer(ReplayBuffer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.resize(state["capacity"])
         super().load_state_dict(state)
+
+
+def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: ReplayBuffer) -> None:
+    """Warn when what is planned for is not what the environment pays."""
+    if formulas:
+        rows = slice(0, buffer.size)
+        known = formulas[0](buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows])
+        error, spread = (known - buffer.reward[rows]).abs().mean().item(), buffer.reward[rows].std().item()
+        if not error <= 0.1 * spread + 1e-4:
+            words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
+            print(f"warning: the reward that is planned for is {words} (spread {spread:.3g})", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -1137,7 +1159,7 @@ def evaluate(
     video: Path | None,
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
     """Whole episodes, side by side, acting by the mean; the same seeds each time, none of them trained on."""
-    kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
+    kwargs = {"max_episode_steps": args.max_episode_steps} | ({"render_mode": "rgb_array"} if video else {})
     envs = VectorEnv(args.env_id, episodes, args.seed + 1_000_000, **kwargs)
     skip = hidden_positions(envs.envs[0])
     frames, observed, actions, rewards, ended, alive = [], [], [], [], [], [np.ones(episodes, bool)]
@@ -1216,13 +1238,11 @@ class Logger:
             for row in list(csv.reader(whole.splitlines()))[1:]:
                 if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir {args.log_dir}: {error}")
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
-        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        kept = [(at, f"{tag},{value!r}") for tag, points in self.history.items() for at, value in points]
+        rows = [f"{at},{rest}\n" for at, rest in sorted(kept, key=lambda row: row[0])]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
         self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
 
@@ -1269,9 +1289,9 @@ class Checkpointer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.progress.update(checkpoint["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
-        self.progress.update(checkpoint["progress"])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available() and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -1322,6 +1342,7 @@ class Stopwatch:
 
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"total_timesteps", "save_policy", "eval_only", "eval_episodes", "capture_video", "compile"}
+MAY_CHANGE |= {"eval_every", "interim_episodes"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1368,9 +1389,15 @@ def new_run_dir(args: Args) -> Path:
 
 
 def parse_args(command_line: list[str] | None = None) -> Args:
-    """With --resume, the earlier run's settings are the defaults."""
+    """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
-    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+    if args.resume is None:
+        return args
+    saved = load_args(args.resume)
+    if getattr(args, "eval_only", False):
+        for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
+            setattr(saved, name, getattr(Args, name))
+    return tyro.cli(Args, args=command_line, default=saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1428,6 +1455,8 @@ def main(args: Args) -> dict[str, float]:
     check_time_limit(envs.envs[0], args.env_id)
     obs_dim, skip = envs.obs.shape[1], hidden_positions(envs.envs[0])
     low, high = action_bounds(envs, args.env_id, device)
+    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
+    require(bool((high > low).all()), fixed)
     formulas = chosen_formulas(args, envs.envs[0])
 
     agent = Agent(obs_dim - skip, low, high, args)
@@ -1450,6 +1479,8 @@ def main(args: Args) -> dict[str, float]:
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             checkpointer.restore(checkpoint)
+            few = f"--total-timesteps {args.total_timesteps}: {run_dir} has had {progress['step']}"
+            require(progress["step"] < args.total_timesteps + args.num_envs, few)
         elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
@@ -1480,6 +1511,8 @@ def main(args: Args) -> dict[str, float]:
             if args.rollout_length and args.real_ratio is None:
                 imagined.add(**rows)  # one buffer for both
             if args.rollout_length and started and (due(args.model_every) or elites is None):
+                if elites is None:
+                    compare_with_paid(formulas, buffer)
                 progress["elites"], fitted = fit_members(model, model_optimizer, buffer, args)
                 elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")

@@ -82,7 +82,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
 Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; a fit is a number of
 gradient steps, not of epochs; the model sees angles as sine and cosine (the authors' code does so for the
 pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step of ts1, too, where
-all candidates share one draw of who goes where.
+candidates that are computed together share one draw of who goes where.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -230,7 +230,7 @@ class Args:
     num_particles: int = 5
     """particles for each candidate, a multiple of ensemble_size"""
     gamma: float = 1.0
-    """discount factor; 1 sums the rewards"""
+    """discount factor"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
 
@@ -261,6 +261,10 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
     require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    folder = Path(args.log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, f"--log-dir {args.log_dir}: cannot write there")
     require(args.seed < 2**32, f"--seed must be below 2^32, got {args.seed}")
     cores = os.cpu_count() or 1
     require((args.num_threads or 1) <= cores, f"--num-threads must be at most {cores} here, got {args.num_threads}")
@@ -354,7 +358,7 @@ def check_video(env_id: str) -> None:
         env.reset()
         env.render()
     except Exception as error:  # a missing library, or an environment that has no pictures
-        fail(f"--capture-video: {env_id} cannot be drawn: {error}")
+        fail(f"--capture-video: {env_id} cannot be drawn: {error!r}")
     env.close()
 
 
@@ -500,10 +504,11 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     obs, action = (torch.zeros(2, 3, size) for size in sizes)
     for part, arguments in (("batch_reward", (obs, action, obs)), ("batch_terminated", (obs,))):
         try:
-            shape = tuple(getattr(task, part)(*arguments).shape)
+            found = getattr(task, part)(*arguments)
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         except Exception as error:  # an environment's own code raises what it likes
             fail(f"{name}: {part} failed on zeros, (2, 3, D): {error}")
-        require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be (2, 3), it is {shape}")
+        require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be a tensor (2, 3), it is {shape}")
 
 
 def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
@@ -569,10 +574,11 @@ class ReplayBuffer:
 
     def add(self, **rows: np.ndarray | Tensor) -> None:
         count = len(rows["obs"])
-        index = (self.position + torch.arange(count)) % self.capacity
+        first = max(0, count - self.capacity)  # of more rows than there is room for the newest are kept
+        index = (self.position + torch.arange(first, count)) % self.capacity
         for name, values in rows.items():
             column = getattr(self, name)
-            column[index] = torch.as_tensor(values).to(column)
+            column[index] = torch.as_tensor(values)[first:].to(column)
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
@@ -1049,7 +1055,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, side by side in one planning call a step; the same seeds each time, none of them trained on."""
     seed = args.seed + 1_000_000
-    kwargs = {"max_episode_steps": args.max_episode_steps, "render_mode": "rgb_array" if video else None}
+    kwargs = {"max_episode_steps": args.max_episode_steps} | ({"render_mode": "rgb_array"} if video else {})
     envs = VectorEnv(args.env_id, episodes, seed, **kwargs)
     planner = make_planner(envs)
     frames, promised, rewards, alive, terminated = [], [], [], [np.ones(episodes, bool)], []
@@ -1113,13 +1119,11 @@ class Logger:
             for row in list(csv.reader(whole.splitlines()))[1:]:
                 if int(row[0]) <= step:
                     self.history[row[1]].append((int(row[0]), float(row[2])))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--log-dir {args.log_dir}: {error}")
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)  # it marks a finished run, which this is not any more
         save_text(run_dir / "args.json", json.dumps(asdict(args) | {"resume": None}, indent=2))
-        rows = [f"{at},{tag},{value!r}\n" for tag, points in self.history.items() for at, value in points]
+        kept = [(at, f"{tag},{value!r}") for tag, points in self.history.items() for at, value in points]
+        rows = [f"{at},{rest}\n" for at, rest in sorted(kept, key=lambda row: row[0])]
         save_text(self.path, "step,tag,value\n" + "".join(rows))
         self.writer = SummaryWriter(str(run_dir), purge_step=None if step is None else step + 1)
 
@@ -1166,9 +1170,9 @@ class Checkpointer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.progress.update(checkpoint["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
-        self.progress.update(checkpoint["progress"])
         torch.set_rng_state(checkpoint["rng"])
         if torch.cuda.is_available() and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -1250,9 +1254,15 @@ def new_run_dir(args: Args) -> Path:
 
 
 def parse_args(command_line: list[str] | None = None) -> Args:
-    """With --resume, the earlier run's settings are the defaults."""
+    """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
-    return tyro.cli(Args, args=command_line, default=load_args(args.resume)) if args.resume else args
+    if args.resume is None:
+        return args
+    saved = load_args(args.resume)
+    if getattr(args, "eval_only", False):
+        for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
+            setattr(saved, name, getattr(Args, name))
+    return tyro.cli(Args, args=command_line, default=saved)
 
 
 # ----------------------------------------------------------------------------------------------------------- main

@@ -118,7 +118,7 @@ class Args:
     concentration: float = 0.3
     """parameter of the Dirichlet distribution of its rows; small: few successors are likely"""
     gamma: float = 0.9
-    """discount factor; 1 sums the rewards"""
+    """discount factor"""
     delta: float = 0.1
     """probability with which a bound may fail"""
     num_samples: tuple[int, ...] = (25, 50, 100, 200, 400, 800, 1_600)
@@ -146,12 +146,13 @@ def check_args(args: Args) -> None:
     require(args.num_states >= 2, f"--num-states must be at least 2, got {args.num_states}")
     require(args.num_actions >= 1, f"--num-actions must be at least 1, got {args.num_actions}")
     require(args.num_draws >= 1, f"--num-draws must be at least 1, got {args.num_draws}")
-    require(0 < args.concentration < math.inf, f"--concentration must be positive, got {args.concentration}")
-    require(0 <= args.gamma < 1, f"--gamma must lie in [0, 1): the values are endless sums; got {args.gamma}")
+    spread = f"--concentration must lie in (0, 1e6], got {args.concentration}"
+    require(0 < args.concentration <= 1e6, spread)
+    require(0 <= args.gamma <= 0.9999, f"--gamma must lie in [0, 0.9999]: values are endless sums; got {args.gamma}")
     require(0 < args.delta < 1, f"--delta must lie in (0, 1), got {args.delta}")
     rising = all(a < b for a, b in zip(args.num_samples, args.num_samples[1:], strict=False))
-    fine = bool(args.num_samples) and min(args.num_samples) >= 1 and rising
-    require(fine, f"--num-samples must be rising numbers of at least 1, got {args.num_samples}")
+    fine = bool(args.num_samples) and min(args.num_samples) >= 1 and max(args.num_samples) <= 10**6 and rising
+    require(fine, f"--num-samples must be rising numbers from 1 to 1,000,000, got {args.num_samples}")
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -274,8 +275,8 @@ def experiment(
 
 # Differs: there is no environment to name
 def new_run_dir(args: Args) -> Path:
-    now = int(time.time())
-    while (run_dir := Path(args.log_dir) / f"tabular__{args.exp_name}__{args.seed}__{now}").exists():
+    name, now = f"tabular__{args.exp_name}__{args.seed}".replace("/", "-"), int(time.time())
+    while (run_dir := Path(args.log_dir) / f"{name}__{now}").exists():
         now += 1
     return run_dir
 

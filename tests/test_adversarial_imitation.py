@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -43,7 +44,15 @@ def tiny(tmp_path: Path, **changes: object) -> adv.Args:
     expert = tmp_path / f"{env_id}.pt"
     if not expert.exists():
         make_expert(expert, env_id)
-    return adv.Args(**({"log_dir": str(tmp_path / "runs"), "expert": str(expert)} | TINY | changes))
+    changes = {"expert": None if {"data", "minari_id"} & {*changes} else str(expert)} | changes
+    return adv.Args(**({"log_dir": str(tmp_path / "runs")} | TINY | changes))
+
+
+def recorded(count: int, **columns: torch.Tensor) -> dict[str, object]:
+    """What --save-data writes."""
+    rows = {"obs": torch.randn(count, 3), "action": torch.zeros(count, 1), "next_obs": torch.randn(count, 3)}
+    rows |= {"reward": torch.ones(count), "terminated": torch.zeros(count)}
+    return {"env_id": "Pendulum-v1", "episode": torch.zeros(count, dtype=torch.int64), **rows} | columns
 
 
 def run(args) -> tuple[dict[str, float], Path]:
@@ -203,18 +212,43 @@ def test_transitions_follow_each_other_within_an_episode():
     """Rows of episodes that ran side by side, as run_episodes gives them; the second one was shorter."""
     episode = torch.tensor([0, 1, 0, 1, 0, 0])
     obs = torch.tensor([0.0, 10, 1, 11, 2, 3])[:, None]
-    data = adv.Demonstrations(obs, obs + 0.5, episode, 1.0)
-    found = data.transitions(limit=4, ordered=True)  # episode 0 reached the limit, episode 1 ended before
+    ended = torch.tensor([0, 0, 0, 1, 0, 0])  # the last step of episode 1; what followed episode 0 is not known
+    data = adv.Demonstrations(obs, obs + 0.5, episode, 1.0, ended)
+    found = data.transitions()
     assert found[0][:, 0].tolist() == [0, 1, 2, 10, 11] and found[2][:3, 0].tolist() == [1, 2, 3]
     assert found[2][3].item() == 11 and found[3].tolist() == [0, 0, 0, 0, 1]
     assert found[1][:, 0].tolist() == [0.5, 1.5, 2.5, 10.5, 11.5]
-    assert data.transitions(2, True)[0][:, 0].tolist() == [0, 1, 2, 10]
-    assert data.absorbed(4, True) == pytest.approx(2 / 8) and data.absorbed(3, True) == pytest.approx(1 / 6)
-    assert data.absorbed(2, True) == pytest.approx(1 / 4), "at least one step of them all"
+    assert data.absorbed(4) == pytest.approx(2 / 8) and data.absorbed(3) == pytest.approx(1 / 7)
+    assert data.absorbed(2) == pytest.approx(1 / 7), "at least one step of them all"
+    cut = adv.Demonstrations(obs, obs + 0.5, episode, 1.0, torch.zeros(6))
+    assert cut.transitions()[0][:, 0].tolist() == [0, 1, 2, 10] and cut.absorbed(100) == pytest.approx(1 / 7)
     unordered = adv.Demonstrations(obs, obs + 0.5, torch.zeros(6), 1.0)
-    found = unordered.transitions(10, ordered=False)
+    found = unordered.transitions()
     assert found[0].shape == (6, 1) and found[3].sum() == 0
-    assert unordered.absorbed(10, ordered=False) == pytest.approx(1 / 10), "not an early end"
+    assert unordered.absorbed(10) == pytest.approx(1 / 7), "not an early end"
+
+
+def test_a_file_says_which_of_its_episodes_ended(tmp_path):
+    """Neither episodes cut short nor a single one are taken for something else; a policy's own ended if short."""
+    low, high = torch.tensor([-2.0]), torch.tensor([2.0])
+    data = adv.from_file(str(saved(tmp_path, recorded(30))), "Pendulum-v1", 3, 0, 1)
+    assert len(data.transitions()[0]) == 29 and data.absorbed(200) == pytest.approx(1 / 31)
+    ended = recorded(30, terminated=torch.arange(30) == 29)
+    data = adv.from_file(str(saved(tmp_path, ended)), "Pendulum-v1", 3, 0, 1)
+    assert data.transitions()[3].tolist() == [0.0] * 29 + [1.0] and data.absorbed(200) == pytest.approx(0.85)
+    args = tiny(tmp_path, algo="airl", data=str(tmp_path / "data.pt"))
+    assert adv.expert_data(args, None, (3, 0, 1), low, high, 200)[2] == pytest.approx(0.85), "one episode is in order"
+    run(replace(args, total_timesteps=42))
+    args = tiny(tmp_path, env_id="Hopper-v5", num_episodes=3, max_episode_steps=None)
+    low, high = torch.full((3,), -1.0), torch.ones(3)
+    data, transitions, absorbed = adv.expert_data(args, None, (11, 1, 3), low, high, 1_000)
+    assert transitions[3].sum() == 3 and absorbed == pytest.approx(1 - len(data.obs) / 3_000), "all of them fell"
+    assert adv.expert_data(args, None, (11, 1, 3), low, high, 5)[1][3].sum() == 0, "none fell before its limit"
+
+
+def saved(tmp_path: Path, contents: dict[str, object]) -> Path:
+    torch.save(contents, tmp_path / "data.pt")
+    return tmp_path / "data.pt"
 
 
 def test_the_discriminators_optimum_is_one_for_the_absorbing_state_and_all_others():
@@ -314,7 +348,6 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     assert json.loads((run_dir / "result.json").read_text()) == result
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     (tmp_path / "Pendulum-v1.pt").unlink()  # the demonstrations lie in the checkpoint
-    policy.unlink()  # written again below
     again = adv.main(adv.parse_args(["--resume", str(run_dir), "--eval-only"]))
     assert again == {name: value for name, value in result.items() if name != "minutes"}
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
@@ -390,6 +423,12 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
         ({"data": "{tmp}/plain.pt", "algo": "airl"}, "does not tell episodes apart, and AIRL needs to know"),
         ({"data": "{tmp}/short.pt"}, "observations must be (N, 3), N > 1"),
         ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"data": "{tmp}/plain.pt", "expert": "{tmp}/Pendulum-v1.pt"}, "--expert and --data are two sources"),
+        ({"data": "{tmp}/plain.pt", "minari_id": "x/y-v0"}, "--data and --minari-id are two sources"),
+        ({"data": "{tmp}/tall.pt"}, "episodes and rewards are not one number for each of 30"),
+        ({"data": "{tmp}/real.pt"}, "episodes must be numbered by integers"),
+        ({"algo": "airl", "target_entropy": -3.0}, "this one is fixed"),
+        ({"log_dir": f"{__file__}/runs"}, "--log-dir"),
         ({"eval_only": True}, "--eval-only needs --resume"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),
         ({"target_entropy": math.inf}, "--target-entropy"),
@@ -401,6 +440,8 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     plain = {"observations": torch.randn(40, 3), "actions": torch.zeros(40, 1), "mean_reward": 5.0}
     torch.save(plain, tmp_path / "plain.pt")
     torch.save(plain | {"observations": torch.randn(1, 3), "actions": torch.zeros(1, 1)}, tmp_path / "short.pt")
+    torch.save(recorded(30) | {"episode": torch.zeros(30, 1, dtype=torch.int64)}, tmp_path / "tall.pt")
+    torch.save(recorded(30) | {"episode": torch.zeros(30)}, tmp_path / "real.pt")
     changes = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
     args = tiny(tmp_path, **changes)
     capfd.readouterr()

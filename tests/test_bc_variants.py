@@ -338,6 +338,8 @@ def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch):
     minari.create_dataset_from_buffers(
         "toy/falls-v0", buffers, env=env, observation_space=env.observation_space, action_space=space
     )
+    with pytest.raises(SystemExit):
+        bc.from_minari("toy/falls-v0", 2, "Hopper-v5", 4, 1)
     changes = {"env_id": "InvertedPendulum-v5", "minari_id": "toy/falls-v0", "expert": None, "num_episodes": 2}
     result, run_dir = run(tiny(tmp_path, **changes))
     data = stored(run_dir)["data"]
@@ -345,6 +347,29 @@ def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch):
     np.testing.assert_allclose(data["obs"][12:], np.asarray(buffers[1].observations)[:9], rtol=1e-6)
     np.testing.assert_allclose(data["action"][:12], np.asarray(buffers[0].actions))
     assert data["expert_return"] == pytest.approx(10.5) and math.isfinite(result["losses/train_loss"])
+
+
+class Bare(gym.Env):
+    """The least that an environment can be."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def test_an_environment_without_render_mode_and_one_whose_actions_cannot_be_scaled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gym.registry, "Bare-v0", gym.envs.registration.EnvSpec("Bare-v0", Bare, max_episode_steps=5))
+    act = lambda obs: torch.zeros(len(obs), 2)  # noqa: E731
+    assert bc.run_episodes(act, "Bare-v0", 2, 1, torch.device("cpu"), None)[3].tolist() == [5, 5]
+    with pytest.raises(SystemExit) as exit:
+        bc.main(tiny(tmp_path, env_id="Bare-v0", max_episode_steps=None))
+    assert exit.value.code == 2 and "has no range" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- DAgger
@@ -490,7 +515,18 @@ def test_demonstrations_that_cannot_be(tmp_path, capsys):
     torch.save(expert, tmp_path / "expert.pt")
     with pytest.raises(SystemExit) as exit:
         bc.main(tiny(tmp_path))
-    assert exit.value.code == 2 and "non-finite" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and "expert.pt: fc2.weight has 1 non-finite values, the first in row 0" in err
+
+
+def test_a_moved_expert_is_asked_and_samples_are_evaluated_after_all(tmp_path):
+    result, run_dir = run(tiny(tmp_path, variant="gmm"))
+    moved = (tmp_path / "expert.pt").rename(tmp_path / "moved.pt")
+    again = bc.main(bc.parse_args(["--resume", str(run_dir), "--eval-only", "--sample"]))
+    assert again["eval/episodic_return"] != result["eval/episodic_return"]
+    bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "1", "--expert", str(moved)]))
+    with pytest.raises(SystemExit):
+        bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "2", "--sample"]))
 
 
 def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
@@ -509,6 +545,8 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
         ({"data": "plain", "minari_id": "x"}, "two sources"),
         ({"expert": "other"}, "was made for Other-v0, not for Pendulum-v1"),
         ({"expert": "shape"}, "is no actor"),
+        ({"expert": "headless"}, "is no actor"),
+        ({"expert": "listed"}, "is no actor"),
         ({"expert": None, "data": "wrong"}, "not (N, 3) and (N, 1)"),
         ({"expert": None, "data": "empty"}, "N > 1"),
         ({"expert": None, "data": "nan"}, "non-finite"),
@@ -525,6 +563,8 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     files |= {"empty": rows | {"observations": torch.randn(0, 3), "actions": torch.rand(0, 1)}}
     actor = make_expert(tmp_path / "good.pt")
     files |= {"other": {"env_id": "Other-v0", "actor": actor.state_dict()}, "shape": {"fc1.weight": torch.zeros(3)}}
+    whole = actor.state_dict()
+    files |= {"headless": {k: v for k, v in whole.items() if k != "fc_mean.bias"}, "listed": whole | {"fc2.bias": [1]}}
     for name, contents in files.items():
         torch.save(contents, tmp_path / name)
     changes = {k: str(tmp_path / v) if isinstance(v, str) and v in files else v for k, v in changes.items()}

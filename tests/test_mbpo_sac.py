@@ -461,8 +461,13 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     assert tags == (documented - models if changes else documented)
     assert json.loads((run_dir / "result.json").read_text()) == result
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
-    policy.unlink()  # written again below
+    policy.unlink()
     again = sac.main(sac.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    assert not policy.exists(), "written once, when it was asked for"
+    sac.main(sac.parse_args(["--resume", str(run_dir), "--eval-only", "--save-policy", str(policy)]))
+    with pytest.raises(SystemExit) as exit:
+        sac.main(sac.parse_args(["--resume", str(run_dir), "--total-timesteps", "1_000"]))
+    assert exit.value.code == 2
     assert again == {name: value for name, value in result.items() if name != "minutes"}
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     # The saved actor, rebuilt from its file alone, earns the same.
@@ -530,6 +535,31 @@ def test_stopped_by_a_signal_and_then_made_longer_equals_never_stopped(tmp_path,
     assert [n for n in one if "buffer" not in n and "imagined" not in n and not torch.equal(one[n], two[n])] == []
 
 
+class Paid(gym.Env):
+    """Pays the first action, whatever its batch_reward says."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, paid):
+        self.batch_reward, self.batch_terminated = lambda o, a, n: a[..., paid], lambda n: n[..., 0] > 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), float(action[0]), False, False, {}
+
+
+@pytest.mark.parametrize("paid", [0, 1])
+def test_a_known_reward_that_is_not_what_is_paid_is_told(tmp_path, capsys, monkeypatch, paid):
+    spec = gym.envs.registration.EnvSpec("Paid-v0", Paid, kwargs={"paid": paid})
+    monkeypatch.setitem(gym.registry, "Paid-v0", spec)
+    run(tiny(tmp_path, env_id="Paid-v0", total_timesteps=50))
+    assert capsys.readouterr().err.count("off what the environment paid") == paid
+
+
 @pytest.mark.parametrize("bad", ["nan", "huge"])
 def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatch, capsys, bad):
     args = tiny(tmp_path, rollout_length=0, checkpoint_every=5, total_timesteps=60)
@@ -562,6 +592,8 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
         ({"rollout_schedule": (1, 5, 1, 2), "rollout_length": 0}, "without a model nothing grows"),
         ({"eval_only": True}, "--eval-only needs --resume"),
         ({"target_entropy": float("inf")}, "--target-entropy"),
+        ({"target_entropy": -1.0, "alpha": 0.1}, "this one is fixed"),
+        ({"utd_ratio": 0.0}, "--utd-ratio 0"),
         ({"reward": "known"}, "no formula for Pendulum-v1"),
         ({"env_id": "CartPole-v1"}, "the action space must be a Box"),
         ({"save_policy": "/no/such/folder/policy.pt"}, "--save-policy"),

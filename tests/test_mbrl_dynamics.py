@@ -172,9 +172,13 @@ def test_buffer_overwrites_the_oldest():
         vectors = numbers[:, None].astype(np.float32)
         buffer.add(obs=vectors, action=vectors, next_obs=vectors, reward=numbers, terminated=numbers, episode=numbers)
     assert buffer.size == 5 and buffer.reward.tolist() == [5, 1, 2, 3, 4]
+    many = np.arange(6, 18)
+    rows = dict.fromkeys(("obs", "action", "next_obs"), many[:, None].astype(np.float32))
+    buffer.add(**rows, **dict.fromkeys(("reward", "terminated", "episode"), many))
+    assert buffer.reward.tolist() == [15, 16, 17, 13, 14] == buffer.obs[:, 0].tolist()
     copy = md.ReplayBuffer(5, 1, 1, CPU)
     copy.load_state_dict(buffer.state_dict())
-    assert copy.position == 1 and copy.size == 5 and torch.equal(copy.reward, buffer.reward)
+    assert copy.position == 3 and copy.size == 5 and torch.equal(copy.reward, buffer.reward)
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.5, 0.99])

@@ -728,6 +728,9 @@ def test_data_and_learned_reward_of_any_environment(script, tmp_path):
     file = str(tmp_path / "data.pt")
     run(script, tiny(script, tmp_path / "a", save_data=file))
     assert len(torch.load(file, weights_only=True)["obs"]) == 80
+    saved = Path(file).stat().st_mtime_ns
+    script.main(script.parse_args(["--resume", str(next((tmp_path / "a" / "runs").iterdir())), "--eval-only"]))
+    assert Path(file).stat().st_mtime_ns == saved, "an evaluation collects nothing"
     _, run_dir = run(script, tiny(script, tmp_path / "b", data=file))
     buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
     assert len(buffer["obs"]) == 100 and len(buffer["episode"].unique()) > 4
@@ -796,6 +799,10 @@ class Paid(Endless):
 
     action_space = gym.spaces.Box(-0.1, 0.1, (2,), np.float64)
 
+    def __init__(self, **formulas):
+        assert "render_mode" not in formulas, "not every environment knows of it"
+        super().__init__(**formulas)
+
     def step(self, action):
         assert self.action_space.contains(action)
         return np.zeros(3, np.float32), float(action[0]), False, False, {}
@@ -809,6 +816,7 @@ class Odd(Endless):
 
 
 COLUMN = {"batch_reward": lambda o, a, n: n[..., :1], "batch_terminated": lambda n: n[..., 0] > 1}
+NUMPY = {"batch_reward": lambda o, a, n: n[..., 0].numpy(), "batch_terminated": lambda n: n[..., 0] > 1}
 RAISES = {"batch_reward": lambda o, a, n: n[..., 0], "batch_terminated": lambda o, n: n[..., 0] > 1}
 gym.register("Endless-v0", Endless)
 gym.register("Whole-v0", Whole)
@@ -818,6 +826,7 @@ for name, formula in {"Honest-v0": lambda o, a, n: a[..., 0], "Other-v0": lambda
     gym.register(name, Paid, kwargs={"batch_reward": formula} | never)
 gym.register("HalfKnown-v0", Endless, kwargs={"batch_reward": RAISES["batch_reward"]})
 gym.register("Column-v0", Endless, kwargs=COLUMN)
+gym.register("Numpy-v0", Endless, kwargs=NUMPY)
 gym.register("Raises-v0", Endless, kwargs=RAISES)
 
 
@@ -833,7 +842,8 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (rs, {"num_envs": 40}, "--steps-per-iteration 20 is less than one step of --num-envs 40"),
         (rs, {"env_id": "Endless-v0", "max_episode_steps": None}, "it has no time limit"),
         (pets, {"env_id": "HalfKnown-v0"}, "batch_reward but not both"),
-        (rs, {"env_id": "Column-v0"}, "batch_reward of (2, 3, D) must be (2, 3), it is (2, 3, 1)"),
+        (rs, {"env_id": "Column-v0"}, "batch_reward of (2, 3, D) must be a tensor (2, 3), it is (2, 3, 1)"),
+        (rs, {"env_id": "Numpy-v0"}, "batch_reward of (2, 3, D) must be a tensor (2, 3), it is ndarray"),
         (cem, {"env_id": "Raises-v0"}, "batch_terminated failed on zeros"),
         (cem, {"env_id": "Endless-v0", "capture_video": True}, "cannot be drawn"),
         (cem, {"num_elites": 20}, "--num-elites 20 of --num-candidates 20"),

@@ -156,11 +156,17 @@ POSTURE = f"PostureCheetah-v0 --steps-per-iteration 5_000 --train-steps 1_500 {C
 
 
 # Steps of 10 ms: slow noise, many of them ahead. A small model learns faster from 25,000 of them, and with it no value.
-BEST_POSTURE = (
-    "python mpc_cem.py --env-id envs:PostureCheetah-v0 --num-iterations 21 --horizon 20 --num-candidates 250"
-    " --noise-beta 1 --ensemble-size 3 --num-layers 2 --hidden-size 250 --gamma 1 --no-terminal-value --no-thompson"
-    " --reset-every None"
+SHORT_STEPS = (
+    "python mpc_cem.py --env-id envs:PostureCheetah-v0 --num-iterations {iterations} --horizon 20"
+    " --num-candidates 250 --noise-beta {beta} --ensemble-size 3 --num-layers 2 --hidden-size 250 --gamma 1"
+    " --no-terminal-value --no-thompson --reset-every None"
 )
+
+
+def ablation_run(name: str, label: str, beta: int = 1, flag: str = "") -> Run:
+    """Planning for short steps, with one refinement taken away."""
+    command = f"{SHORT_STEPS.format(iterations=11, beta=beta)} {flag}".strip()
+    return Run(name=name, command=command, minutes=18, label=label)
 
 
 def q4_run(
@@ -384,7 +390,7 @@ STUDIES: tuple[Study, ...] = (
         runs=(
             Run(
                 name="500",
-                command=BEST_POSTURE,
+                command=SHORT_STEPS.format(iterations=21, beta=1),
                 minutes=45,
                 label="mpc_cem.py",
                 reported="1587 (a trial)",
@@ -399,7 +405,7 @@ STUDIES: tuple[Study, ...] = (
             ),
             Run(
                 name="1000",
-                command=f"{BEST_POSTURE} --max-episode-steps 1_000",
+                command=f"{SHORT_STEPS.format(iterations=21, beta=1)} --max-episode-steps 1_000",
                 minutes=65,
                 label="mpc_cem.py, 1000-step episodes",
                 reported="2303 ± 43 (the course's CEM)",
@@ -410,6 +416,22 @@ STUDIES: tuple[Study, ...] = (
             return_panel("500-step episodes", "500", "cem4"),
             return_panel("1000-step episodes", "1000", reported=(Reported("the course's CEM", 2303, "reported"),)),
         ),
+        columns=(RETURN, PLAN_MS),
+    ),
+    Study(
+        name="ablation",
+        title="PostureCheetah-v0: the planner without one of its refinements",
+        shows="What each refinement of CEM is worth, at 15,000 steps.",
+        runs=(
+            ablation_run("all", "all of them"),
+            ablation_run("no-shift", "each plan from nothing", flag="--no-shift-plan"),
+            ablation_run("no-elites", "no elites kept", flag="--keep-elites 0"),
+            ablation_run("white", "white noise", beta=0),
+            ablation_run("no-decay", "250 candidates in each iteration", flag="--candidate-decay 1"),
+            ablation_run("no-mean", "the mean is no candidate", flag="--no-mean-candidate"),
+            ablation_run("best", "the best sequence is executed", flag="--execute best"),
+        ),
+        panels=(return_panel(""),),
         columns=(RETURN, PLAN_MS),
     ),
     Study(

@@ -243,7 +243,8 @@ def test_a_file_says_which_of_its_episodes_ended(tmp_path):
     low, high = torch.full((3,), -1.0), torch.ones(3)
     data, transitions, absorbed = adv.expert_data(args, None, (11, 1, 3), low, high, 1_000)
     assert transitions[3].sum() == 3 and absorbed == pytest.approx(1 - len(data.obs) / 3_000), "all of them fell"
-    assert adv.expert_data(args, None, (11, 1, 3), low, high, 5)[1][3].sum() == 0, "none fell before its limit"
+    short = adv.expert_data(replace(args, max_episode_steps=5), None, (11, 1, 3), low, high, 5)
+    assert short[1][3].sum() == 0 and len(short[0].obs) == 15, "none fell before its limit"
 
 
 def saved(tmp_path: Path, contents: dict[str, object]) -> Path:

@@ -723,6 +723,28 @@ def test_what_cannot_be_evaluated_or_resumed_says_so(script, tmp_path, capsys, m
     assert exit.value.code == 2 and "without reset_every, eval_every" in capsys.readouterr().err
 
 
+def test_an_episode_is_numbered_by_its_environment(monkeypatch):
+    """Environment i counts i, i + num_envs, ..: whichever ends first, each goes through all members in turn."""
+    envs = cem.VectorEnv("Pendulum-v1", 3, seed=1, max_episode_steps=4)
+    for _ in range(2):
+        envs.step(envs.random_action())
+    draws = iter([0.9, 0.0, 0.9])
+    monkeypatch.setattr(torch, "rand", lambda size: torch.tensor(next(draws)))
+    cem.cut_short(envs, 0.5)
+    assert envs.episode.tolist() == [0, 4, 2]
+    for _ in range(2):
+        envs.step(envs.random_action())
+    assert envs.episode.tolist() == [3, 4, 5], "the others have reached their time limit"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_only_a_reward_of_the_joints_is_planned_with_in_the_simulator(right):
+    env = cem.make_env("InvertedPendulum-v5")
+    upright = cem.known_formulas(env)[0]
+    formula = upright if right else lambda obs, action, next_obs: upright(obs, action, next_obs) - 0.2
+    assert cem.can_simulate(env, formula) == right
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_data_and_learned_reward_of_any_environment(script, tmp_path):
     file = str(tmp_path / "data.pt")

@@ -458,6 +458,11 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
     return low, high
 
 
+def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
+    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -1302,6 +1307,14 @@ def expert_data(
     return data, transitions, data.absorbed(limit)
 
 
+def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint that is not beyond what was asked for."""
+    checkpointer.restore(checkpoint)
+    step = checkpointer.progress["step"]
+    few = f"--total-timesteps {args.total_timesteps}: {checkpointer.run_dir} has had {step}"
+    require(step < args.total_timesteps + args.num_envs, few)
+
+
 def prepare_torch(args: Args) -> torch.device:
     """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
@@ -1319,8 +1332,7 @@ def main(args: Args) -> dict[str, float]:
     skip = hidden_positions(envs.envs[0])
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
     low, high = action_bounds(envs, args.env_id, device)
-    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
-    require(bool((high > low).all()), fixed)
+    check_ranges(low, high, args.env_id)
     limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
     data, expert_steps, absorbed = expert_data(args, checkpoint, (obs_dim, skip, action_dim), low, high, limit)
 
@@ -1342,9 +1354,7 @@ def main(args: Args) -> dict[str, float]:
     parts |= {"means": means, "judged": judged, "buffer": buffer, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
-            checkpointer.restore(checkpoint)
-            few = f"--total-timesteps {args.total_timesteps}: {run_dir} has had {progress['step']}"
-            require(progress["step"] < args.total_timesteps + args.num_envs, few)
+            go_on(args, checkpointer, checkpoint)
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)

@@ -414,6 +414,11 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
     return low, high
 
 
+def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
+    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -1251,8 +1256,7 @@ def main(args: Args) -> dict[str, float]:
     skip = hidden_positions(envs.envs[0])
     obs_dim, action_dim = envs.obs.shape[1] - skip, gym.spaces.flatdim(envs.action_space)
     low, high = action_bounds(envs, args.env_id, device)
-    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
-    require(bool((high > low).all()), fixed)
+    check_ranges(low, high, args.env_id)
     recorded = args.data is not None or args.minari_id is not None
     needed = not checkpoint or checkpoint["progress"]["round"] < args.dagger_rounds  # the data lie in the checkpoint
     needed = needed and (args.expert is not None or not recorded) and not args.eval_only

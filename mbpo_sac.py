@@ -497,6 +497,11 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
     return low, high
 
 
+def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
+    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
+
+
 def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
     z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
@@ -1439,6 +1444,23 @@ def branch(
     return length
 
 
+def model_config(
+    args: Args, env: gym.Env[Any, Any], obs_dim: int, action_dim: int, learn_reward: bool
+) -> dict[str, Any]:
+    config: dict[str, Any] = {"obs_dim": obs_dim, "action_dim": action_dim, "skip": hidden_positions(env)}
+    config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
+    config |= {"activation": args.activation, "learn_reward": learn_reward, "probabilistic": args.probabilistic}
+    return config | {"angles": free_angles(env) if args.wrap_angles else []}
+
+
+def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint that is not beyond what was asked for."""
+    checkpointer.restore(checkpoint)
+    step = checkpointer.progress["step"]
+    few = f"--total-timesteps {args.total_timesteps}: {checkpointer.run_dir} has had {step}"
+    require(step < args.total_timesteps + args.num_envs, few)
+
+
 def prepare_torch(args: Args) -> torch.device:
     """Seed, determinism and threads; returns the device to compute on."""
     torch.manual_seed(args.seed)
@@ -1455,18 +1477,13 @@ def main(args: Args) -> dict[str, float]:
     check_time_limit(envs.envs[0], args.env_id)
     obs_dim, skip = envs.obs.shape[1], hidden_positions(envs.envs[0])
     low, high = action_bounds(envs, args.env_id, device)
-    fixed = f"--env-id {args.env_id}: an action of {envs.action_space} has no range, it cannot be scaled"
-    require(bool((high > low).all()), fixed)
+    check_ranges(low, high, args.env_id)
     formulas = chosen_formulas(args, envs.envs[0])
 
     agent = Agent(obs_dim - skip, low, high, args)
     update = compiled(agent.update, device) if args.compile else agent.update
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, len(low), device)
-    config = {"obs_dim": obs_dim, "action_dim": len(low), "skip": skip, "probabilistic": args.probabilistic}
-    config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
-    config |= {"activation": args.activation, "learn_reward": formulas is None}
-    config |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
-    model = make_model(config).to(device)
+    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), formulas is None)).to(device)
     model_optimizer = make_optimizer(model, args.model_learning_rate, args.weight_decay)
     imagined = ResizableBuffer(args.buffer_size if args.real_ratio is None else 1, obs_dim, len(low), device)
 
@@ -1478,9 +1495,7 @@ def main(args: Args) -> dict[str, float]:
     parts |= {"buffer": buffer, "imagined": imagined, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
-            checkpointer.restore(checkpoint)
-            few = f"--total-timesteps {args.total_timesteps}: {run_dir} has had {progress['step']}"
-            require(progress["step"] < args.total_timesteps + args.num_envs, few)
+            go_on(args, checkpointer, checkpoint)
         elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None

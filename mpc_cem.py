@@ -80,8 +80,8 @@ The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1
         --steps-per-iteration 5_000 --num-iterations 5 --reset-every None --no-wrap-angles --num-envs 1 \
         --no-terminal-value --gamma 1 --no-thompson
 
-A cheetah with steps of 10 ms wants to look further ahead, by slower noise; and from a few thousand of such steps, which
-tell little each, a small model is learned faster than a large one, and V (or what to explore) hardly at all:
+On a cheetah with steps of 10 ms, looking further ahead by slower noise, a smaller model and no V earn 735 after 5,000
+steps and 1,751 after 25,000 (seed 1, commit 3e089bc; how much each of these is worth has not been measured):
 
     python mpc_cem.py --env-id envs:PostureCheetah-v0 --horizon 20 --num-candidates 250 --noise-beta 1 --gamma 1 \
         --ensemble-size 3 --num-layers 2 --hidden-size 250 --no-terminal-value --no-thompson --reset-every None

@@ -155,7 +155,7 @@ REACHER = f"Reacher7DoF-v0 --steps-per-iteration 800 --eval-every 800 --train-st
 POSTURE = f"PostureCheetah-v0 --steps-per-iteration 5_000 --train-steps 1_500 {COURSE}"
 
 
-# Steps of 10 ms: slow noise, many of them ahead. A small model learns faster from 25,000 of them, and with it no value.
+# Steps of 10 ms: slow noise, many of them ahead, a small model and no value.
 SHORT_STEPS = (
     "python mpc_cem.py --env-id envs:PostureCheetah-v0 --num-iterations {iterations} --horizon 20"
     " --num-candidates 250 --noise-beta {beta} --ensemble-size 3 --num-layers 2 --hidden-size 250 --gamma 1"
@@ -178,10 +178,11 @@ def q4_run(
     return Run(name=name, command=command, minutes=minutes, label=label)
 
 
-def any_run(name: str, env_id: str, iterations: int, minutes: float, reported: str, target: str) -> Run:
+def any_run(name: str, env_id: str, iterations: int, minutes: float, reported: str, target: str, flag: str = "") -> Run:
     """The default command. Fewer iterations than its own change nothing in those that are run."""
-    command = f"python mpc_cem.py --env-id {env_id} --num-iterations {iterations} --eval-episodes 20"
-    return Run(name=name, command=command, minutes=minutes, label=env_id, reported=reported, target=target)
+    command = f"python mpc_cem.py --env-id {env_id} --num-iterations {iterations} --eval-episodes 20 {flag}".strip()
+    label = f"{env_id} {flag}".strip()
+    return Run(name=name, command=command, minutes=minutes, label=label, reported=reported, target=target)
 
 
 def return_panel(title: str, *runs: str, reported: tuple[Reported, ...] = ()) -> Panel:
@@ -442,14 +443,7 @@ STUDIES: tuple[Study, ...] = (
             any_run("pendulum", "Pendulum-v1", 3, 20, "−1331 (random actions)", "≥ −250"),
             any_run("reacher", "Reacher-v5", 16, 30, "−41 (random actions)", "≥ −7"),
             any_run("pusher", "Pusher-v5", 11, 30, "−150 (random actions)", "≥ −45"),
-            Run(
-                name="pusher-25",
-                command="python mpc_cem.py --env-id Pusher-v5 --num-iterations 11 --eval-episodes 20 --horizon 25",
-                minutes=60,
-                label="Pusher-v5, horizon 25",
-                reported="−150 (random actions)",
-                target="≥ −45",
-            ),
+            any_run("pusher-25", "Pusher-v5", 11, 60, "−150 (random actions)", "≥ −45", flag="--horizon 25"),
             any_run("inverted-pendulum", "InvertedPendulum-v5", 6, 40, "5 (random actions)", "≥ 990"),
             any_run("hopper", "Hopper-v5", 26, 60, "28 (random actions)", "≥ 800"),
         ),

@@ -5,9 +5,13 @@
     python plots/figures.py --table-only       the README's tables again from the committed CSVs, without any runs
 
 For each study of plots/studies.py it reads the TensorBoard event files of the finished run folders and writes
-plots/NAME.png (the figure), plots/NAME.csv (one row per run and seed), plots/NAME-RUN.png (pictures that the runs
-logged), and the table in README.md between `<!-- table: NAME -->` and `<!-- end table: NAME -->`. The table is made
-from the CSV alone (`table_markdown`), so a number in the README is always one that stands in a committed file.
+plots/NAME.png (the figure), plots/NAME.csv (one row per run and seed), plots/curves/NAME.csv (what the figure draws),
+plots/NAME-RUN.png (pictures that the runs logged), and the table in README.md between `<!-- table: NAME -->` and
+`<!-- end table: NAME -->`. The table is made from the CSV alone (`table_markdown`), so a number in the README is always
+one that stands in a committed file.
+
+A run folder need not be kept. A run and seed that has none any more stays in the CSV and in the figure as it was, as
+long as its command is still the catalogue's; where even its curve is not on file, its last value is drawn as a dot.
 """
 
 from __future__ import annotations
@@ -90,30 +94,73 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished seed of a run."""
+    """One finished seed of a run: what it measured, and its row of the CSV."""
 
     seed: int
-    folder: Path
     curves: dict[str, Curve]
-    minutes: float
-    command: str
-    commit: str
+    row: dict[str, str]
+    folder: Path | None
+    """None: a run that is known from the committed files alone."""
+
+
+def drawn_tags(study: Study) -> set[str]:
+    """The tags that the study's figure needs."""
+    tags = {tag for panel in study.panels for tag in (panel.tag, panel.x_tag, *(tag for tag, _ in panel.tags))}
+    return tags | {tag for panel in study.panels for each in panel.series for _, _, tag in each.points}
+
+
+def read_run(study: Study, run: Run, seed: int, folder: Path) -> Finished:
+    """A finished run folder."""
+    note, curves = read_note(folder), read_scalars(folder)
+    command, commit = str(note.get("command", full_command(study, run, seed))), str(note.get("commit", "unknown"))
+    if command != full_command(study, run, seed):
+        print(f"{study.name}: {folder} was made by another command than the catalogue's", file=sys.stderr)
+    row = {"study": study.name, "run": run.name, "setting": run.label, "command": command, "seed": str(seed)}
+    row |= {"commit": commit, "steps": str(last_step(study, curves))}
+    row |= {column.heading: cell(column, curves) for column in study.columns}
+    row["minutes"] = f"{json.loads((folder / 'result.json').read_text())['minutes']:.3g}"
+    return Finished(seed, curves, row, folder)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_committed(study: Study, run: Run) -> dict[int, Finished]:
+    """The seeds of a run in plots/NAME.csv with their curves; those whose command has changed are left out."""
+    committed = {}
+    points = [row for row in read_rows(PLOTS / "curves" / f"{study.name}.csv") if row["run"] == run.name]
+    for row in read_rows(PLOTS / f"{study.name}.csv"):
+        seed = int(row["seed"])
+        if row["run"] != run.name:
+            continue
+        if row["command"] != full_command(study, run, seed):
+            print(f"{study.name}: dropped seed {seed} of {run.name}, by another command", file=sys.stderr)
+            continue
+        at: dict[str, list[tuple[float, float]]] = {}
+        for point in points:
+            if int(point["seed"]) == seed:
+                at.setdefault(point["tag"], []).append((int(point["step"]), float(point["value"])))
+        for column in study.columns:
+            if column.take == "last" and row.get(column.heading):
+                at.setdefault(column.tag, [(int(row["steps"]), float(row[column.heading]))])
+        committed[seed] = Finished(seed, {tag: Curve(*np.array(xy).T) for tag, xy in at.items()}, row, folder=None)
+    return committed
 
 
 def load_study(study: Study, log_dir: Path) -> dict[str, list[Finished]]:
-    """The finished seeds of each run of a study, by the run's name. Says which are missing."""
+    """The finished seeds of each run of a study, by the run's name, from run folders, else from the committed files."""
     loaded: dict[str, list[Finished]] = {}
     for run in study.runs:
-        loaded[run.name] = []
+        seeds = read_committed(study, run)
         for seed, folder in finished_runs(experiment(study, run), log_dir).items():
-            minutes = float(json.loads((folder / "result.json").read_text())["minutes"])
-            note = read_note(folder)
-            command = str(note.get("command", full_command(study, run, seed)))
-            if command != full_command(study, run, seed):
-                print(f"{study.name}: {folder} was made by another command than the catalogue's", file=sys.stderr)
-            commit = str(note.get("commit", "unknown"))
-            loaded[run.name].append(Finished(seed, folder, read_scalars(folder), minutes, command, commit))
-        missing = sorted(set(range(1, study.seeds + 1)) - {finished.seed for finished in loaded[run.name]})
+            seeds[seed] = read_run(study, run, seed, folder)
+        loaded[run.name] = [seeds[seed] for seed in sorted(seeds)]
+        missing = sorted(set(range(1, study.seeds + 1)) - set(seeds))
         if missing:
             print(f"{study.name}: {run.name} lacks seed {', '.join(map(str, missing))}", file=sys.stderr)
     return loaded
@@ -282,11 +329,12 @@ def draw_figure(study: Study, panels: list[Panel], loaded: dict[str, list[Finish
 def write_pictures(study: Study, loaded: dict[str, list[Finished]]) -> None:
     """Copy the picture that a run logged, as its first finished seed logged it last, to plots/STUDY-RUN.png."""
     for run in study.runs:
-        if not run.picture or not loaded[run.name]:
+        folder = loaded[run.name][0].folder if run.picture and loaded[run.name] else None
+        if folder is None:
             continue
-        events = read_events(loaded[run.name][0].folder)
+        events = read_events(folder)
         if run.picture not in events.Tags()["images"]:
-            print(f"{study.name}: {loaded[run.name][0].folder} has no picture {run.picture}", file=sys.stderr)
+            print(f"{study.name}: {folder} has no picture {run.picture}", file=sys.stderr)
             continue
         (PLOTS / f"{study.name}-{run.name}.png").write_bytes(events.Images(run.picture)[-1].encoded_image_string)
 
@@ -319,24 +367,30 @@ def cell(column: Column, curves: dict[str, Curve]) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)  # event files hold float32: about 7 digits
 
 
-def last_step(study: Study, run: Run, seed: Finished) -> int:
+def last_step(study: Study, curves: dict[str, Curve]) -> int:
     """How long the run was: the last step of the study's main curve, or of anything where the run has no such curve."""
-    tags = [panel.tag for panel in study.panels if panel.tag in seed.curves and not panel.series] or list(seed.curves)
-    return max((int(seed.curves[tag].steps[-1]) for tag in tags), default=0)
+    tags = [panel.tag for panel in study.panels if panel.tag in curves and not panel.series] or list(curves)
+    return max((int(curves[tag].steps[-1]) for tag in tags), default=0)
 
 
-def write_csv(study: Study, loaded: dict[str, list[Finished]], path: Path) -> None:
-    """One row per run and seed, runs in the catalogue's order."""
-    headings = [column.heading for column in study.columns]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*LEADING, *headings, *TRAILING])
+def write_csv(study: Study, loaded: dict[str, list[Finished]]) -> None:
+    """One row per run and seed, runs in the catalogue's order; and every point of the curves that the figure draws."""
+    headings = [*LEADING, *(column.heading for column in study.columns), *TRAILING]
+    (PLOTS / "curves").mkdir(exist_ok=True)
+    with (
+        (PLOTS / f"{study.name}.csv").open("w", newline="") as table,
+        (PLOTS / "curves" / f"{study.name}.csv").open("w", newline="") as drawn,
+    ):
+        rows = csv.DictWriter(table, headings, restval="", extrasaction="ignore", lineterminator="\n")
+        points = csv.writer(drawn, lineterminator="\n")
+        rows.writeheader()
+        points.writerow(["run", "seed", "tag", "step", "value"])
         for run in study.runs:
             for seed in loaded[run.name]:
-                leading = [study.name, run.name, run.label, seed.command, seed.seed, seed.commit]
-                metrics = [cell(column, seed.curves) for column in study.columns]
-                trailing = [f"{seed.minutes:.3g}", run.reported, run.target]
-                writer.writerow([*leading, last_step(study, run, seed), *metrics, *trailing])
+                rows.writerow(seed.row | {"setting": run.label, "reported": run.reported, "target": run.target})
+                for tag in sorted(drawn_tags(study) & set(seed.curves)):
+                    for step, value in zip(*seed.curves[tag], strict=True):
+                        points.writerow([run.name, seed.seed, tag, int(step), f"{value:.6g}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,8 +421,7 @@ def table_markdown(csv_path: Path) -> str:
 
     A CSV that is no study's (plots/speed.py writes one) has no seeds to average over and is shown as it is.
     """
-    with csv_path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(csv_path)
     if "seed" not in rows[0]:
         return markdown([[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)])
     metrics = [heading for heading in rows[0] if heading not in LEADING + TRAILING]
@@ -402,14 +455,15 @@ def refresh_readme(name: str) -> None:
 
 
 def draw_study(study: Study, log_dir: Path) -> bool:
-    """Figure, CSV, pictures and README table of one study; False when nothing of it is finished."""
-    if not any(finished_runs(experiment(study, run), log_dir) for run in study.runs):
+    """Figure, CSVs, pictures and README table of one study; False when nothing of it is finished."""
+    on_file = (PLOTS / "curves" / f"{study.name}.csv").exists()
+    if not on_file and not any(finished_runs(experiment(study, run), log_dir) for run in study.runs):
         return False
     loaded = load_study(study, log_dir)
     begun = [panel for panel in study.panels if any(loaded[name] for name in runs_in(panel, study))]
     if begun:  # a single number per run needs no figure
         draw_figure(study, begun, loaded, PLOTS / f"{study.name}.png")
-    write_csv(study, loaded, PLOTS / f"{study.name}.csv")
+    write_csv(study, loaded)
     write_pictures(study, loaded)
     refresh_readme(study.name)
     print(f"{study.name}: {sum(map(len, loaded.values()))} runs -> {PLOTS / study.name}.png and .csv")

@@ -6,8 +6,8 @@
 The ways of a row are timed in turn, A B C A B C …, in one process, after a warm-up, and the medians are compared: the
 ratio holds when the machine's speed drifts, the absolute figure does not. Before a ratio counts the baseline must show
 that it is no straw man: it must reach at least 75 % of the reference machine's figure, which is scaled down by the
-speed of a plain float32 matrix product on a machine where that is slower. bfloat16 is shown with the model's error beside it, because being fast
-and wrong is easy.
+speed of a plain float32 matrix product on a machine where that is slower. bfloat16 is shown with the model's error
+beside it, because being fast and wrong is easy.
 """
 
 import argparse

@@ -210,6 +210,39 @@ def test_table_only_needs_no_runs(toy: Path, tmp_path: Path) -> None:
     assert "| -13600 |" in (tmp_path / "README.md").read_text()
 
 
+def test_runs_that_are_no_more_stay_in_table_and_figure(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows and curves come from the committed files where a folder is gone, and from the folder where there is one."""
+    assert figures.main(["toy", "--log-dir", str(toy)]) == 0
+    plots = tmp_path / "plots"
+    files = {path: path.read_bytes() for path in (plots / "toy.csv", plots / "curves" / "toy.csv", plots / "toy.png")}
+    (plots / "toy.png").unlink()
+    assert figures.main(["toy", "--log-dir", str(tmp_path / "nowhere")]) == 0
+    assert {path: path.read_bytes() for path in files} == files
+    with (plots / "curves" / "toy.csv").open() as file:
+        points = [(row["run"], row["seed"], row["step"], row["value"]) for row in csv.DictReader(file)]
+    assert ("a", "2", "40", "0.15") in points and len(points) == 13
+
+    write_run(tmp_path / "new", "a", 2, {0: 1.0, 40: 0.125}, score=8.0)
+    assert figures.main(["toy", "--log-dir", str(tmp_path / "new")]) == 0
+    with (plots / "toy.csv").open() as file:
+        assert [row["final loss"] for row in csv.DictReader(file)] == ["0.1", "0.125", "0.2"]
+
+    # Without the curves, the last values are what is left to draw.
+    (plots / "curves" / "toy.csv").unlink()
+    curves = figures.load_study(TOY, tmp_path / "nowhere")["a"][0].curves
+    assert [(tag, *curve.steps, *curve.values) for tag, curve in curves.items()] == [
+        ("loss", 30, 0.1),
+        ("score", 30, 4),
+    ]
+
+    capsys.readouterr()
+    changed = dataclasses.replace(TOY, runs=(dataclasses.replace(TOY.runs[0], command="python toy.py --x 9"),))
+    assert figures.load_study(changed, tmp_path / "nowhere") == {"a": []}
+    assert "dropped seed 1 of a, by another command" in capsys.readouterr().err
+
+
 def test_nothing_finished_exits_2(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         figures.main(["toy", "--log-dir", str(tmp_path / "nowhere")])

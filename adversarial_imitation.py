@@ -566,7 +566,7 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
         terminated = torch.as_tensor(data["terminated"]) if ours else None
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
-        fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward ({error!r})")
+        fail(f"--data {path} has neither --save-data's columns nor tensors observations, actions, mean_reward: {error}")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
     require(obs.ndim == 2 and len(obs) > 1, f"--data {path}: observations must be (N, {obs_dim}), N > 1")
     obs = obs[:, skip:] if ours else obs

@@ -49,7 +49,7 @@ model that has seen no more mostly begin with a somersault, and the rest of the 
 A horizon is short. HalfCheetah-v5 starts fastest by a somersault, with the true dynamics as with a model, and that it
 then lies on its back is beyond the horizon. V knows: it has seen what became of those that did. It is the value of what
 was done, not of the best that could be, and so it keeps to where episodes have gone well; the planner does better than
-V expects, its data make the next V, and so on (--no-terminal-value goes without).
+V expects, its data make the next V, and so on (--no-terminal-value goes without, and wants a longer --horizon).
 
 A planner that always does what all members together think best sees nothing else, and its model learns of nothing else.
 So while collecting (--thompson) each environment plans with one member alone, with another one in its next episode:
@@ -95,9 +95,9 @@ Usage:
     python mpc_cem.py --resume RUN_DIR --eval-only --true-dynamics    # is it the planner or the model?
     python mpc_cem.py --resume RUN_DIR --eval-only --num-candidates 300    # what would more candidates have earned?
 
-What to expect of the first command (with --horizon 10, as measured so far): a return of 4,600 after 10,000 environment
-steps, 5,600 after 20,000 and 6,600 after 50,000, in 75 minutes on one core of a CPU that multiplies in bfloat16; of the
-second, with `--num-iterations 3`: -156 after 7,000 steps and 5 minutes (seed 1, commit 71f8e16).
+What to expect of the first command: a return of 4,600 after 10,000 environment steps, 5,600 after 20,000 and 6,600
+after 50,000, in 75 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
+-156 after 7,000 steps and 5 minutes (seed 1, commit 71f8e16).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -252,7 +252,7 @@ class Args:
     """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
 
     # Planning
-    horizon: int = 20
+    horizon: int = 10
     """steps planned ahead"""
     num_candidates: int = 100
     """action sequences tried at each step (and in each iteration of CEM)"""

@@ -540,7 +540,7 @@ STUDIES: tuple[Study, ...] = (
         name="best-v5",
         title="HalfCheetah-v5, 50,000 steps",
         shows="`python mpc_cem.py --env-id HalfCheetah-v5` against what others reported on their own cheetahs, and what"
-        " a member for each environment and the value at the end of the plan are worth.",
+        " a member for each environment and the value at the end of the plan are worth: without it, twice the horizon.",
         runs=(
             Run(
                 name="default",
@@ -558,9 +558,9 @@ STUDIES: tuple[Study, ...] = (
             ),
             Run(
                 name="no-value",
-                command="python mpc_cem.py --env-id HalfCheetah-v5 --no-terminal-value --gamma 1",
+                command="python mpc_cem.py --env-id HalfCheetah-v5 --no-terminal-value --gamma 1 --horizon 20",
                 minutes=130,
-                label="without a value",
+                label="without a value, horizon 20",
             ),
         ),
         panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),

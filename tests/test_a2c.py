@@ -169,7 +169,8 @@ def sgd(mine: a2c.ActorCritic, rate: float = 0.1) -> tuple[torch.optim.Optimizer
 def test_an_update_is_equations_1_to_3(entropy_weight):
     args = a2c.Args(entropy_weight=entropy_weight, baseline_steps=2, num_envs=4, max_grad_norm=1e9)
     mine, rows = agent(), batch()
-    mine.policy.normaliser.update(torch.randn(50, 3) * 2 + 1)
+    before = torch.randn(50, 3) * 2 + 1
+    mine.policy.normaliser.update(before)
     x, next_x = mine.policy.normaliser(rows.obs), mine.policy.normaliser(rows.next_obs)
     other = agent()
     other.load_state_dict(mine.state_dict())
@@ -199,7 +200,10 @@ def test_an_update_is_equations_1_to_3(entropy_weight):
     assert losses["losses/value_loss"].item() == pytest.approx((value - found[1]).square().mean().item(), rel=1e-4)
     explained = 1 - (found[1] - value).var() / found[1].var()
     assert losses["losses/explained_variance"].item() == pytest.approx(explained.item(), abs=1e-5)
-    assert mine.policy.normaliser.count == 50 + 48  # it learned of the batch, after the update
+    # It learned of the batch, after the update, and of its observations only: the next ones come in the next batch.
+    assert mine.policy.normaliser.count == 50 + 48
+    everything = torch.cat([before, rows.obs.reshape(-1, 3)])
+    torch.testing.assert_close(mine.policy.normaliser.mean, everything.double().mean(0))
 
 
 def test_switches_leave_alone_what_they_switch_off():

@@ -37,8 +37,9 @@ than that, log π alone would tell the two apart, and f would learn nothing.
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
 goes on in an absorbing state a until the time limit, for the expert and for the policy, and the discriminator judges
-that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there. In
-equation 4 the steps before the end count as much as there are of them,
+that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there (a
+share below one in a thousand counts as that: where neither ever ends, there is nothing to be told apart). In equation 4
+the steps before the end count as much as there are of them,
 
     logit(a) = log(p_expert(a) / p_policy(a)),   within ±5                                                          (8)
     a step that ends the episode is paid  r + γ / (1 - γ) · r(a)                                                    (9)
@@ -67,7 +68,8 @@ Usage:
 
 Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-policy` or of CleanRL's SAC, a Minari
 dataset, or a file of --save-data or a dict of `observations`, `actions` and `mean_reward` (not for AIRL, which needs to
-know what follows what). Files say which episodes ended and which were only cut short.
+know what follows what). Files say which episodes ended and which were only cut short; a dict of observations does not,
+and is taken for an expert whose episodes never end. Episodes that are played here ended if they are short.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -181,7 +183,7 @@ class Args:
     data: str | None = None
     """file of transitions (written by --save-data) to start from, instead of collecting them"""
     num_episodes: int = 10
-    """episodes of the expert"""
+    """episodes of the expert, or of the Minari dataset (of --data: all)"""
 
     # Data
     total_timesteps: int = 1_000_000
@@ -301,8 +303,9 @@ def check_args(args: Args) -> None:
         how += f" --save-policy {expert_path(args)}"
         folder = Path(expert_path(args)).parent
         how = how if folder.is_dir() else f"mkdir -p {folder} && {how}"
+        make_env(args.env_id).close()  # a misspelt id has no expert, either
         require(Path(expert_path(args)).is_file(), f"--expert {expert_path(args)}: no such file; make it with: {how}")
-    if args.minari_id is not None:
+    if args.minari_id is not None and args.resume is None:
         fine = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.minari_id) is not None
         require(fine, f"--minari-id {args.minari_id}: an id looks like mujoco/halfcheetah/expert-v0")
         require_package("minari", "--minari-id")
@@ -528,13 +531,12 @@ class Demonstrations:
         return self.obs[rows], self.action[rows], self.obs[following], self.terminated[rows].float()
 
     def absorbed(self, limit: int) -> float:
-        """Share of the absorbing state if each episode that has terminated goes on in it up to this limit; at least one
-        step, for logarithms."""
-        steps = 0.0
-        if self.terminated is not None:
-            _, index, counts = self.episode.unique(return_inverse=True, return_counts=True)
-            steps = (limit - counts[index[self.terminated]]).clamp(min=0).sum().item()
-        return max(steps, 1) / (max(steps, 1) + len(self.obs))
+        """Share of the absorbing state if each episode that has terminated goes on in it up to this limit."""
+        if self.terminated is None:
+            return 0.0
+        _, index, counts = self.episode.unique(return_inverse=True, return_counts=True)
+        steps = (limit - counts[index[self.terminated]]).clamp(min=0).sum().item()
+        return steps / (steps + len(self.obs))
 
     def state_dict(self) -> dict[str, Any]:
         tensors = {"obs": self.obs, "action": self.action, "episode": self.episode, "terminated": self.terminated}
@@ -552,11 +554,19 @@ def check_data(columns: dict[str, Tensor], source: str) -> None:
             fail(f"{source}: {name} has {len(bad)} non-finite values, the first in {where}")
 
 
+def load_data_file(path: str) -> Any:
+    """What torch.save wrote of tensors, numpy's arrays and numbers; anything else could run code, and is refused."""
+    rebuild = np._core.multiarray  # type: ignore[attr-defined]
+    kinds = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, rebuild._reconstruct, rebuild.scalar, *kinds]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 # Differs: how an episode ended matters
 def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
     """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = load_data_file(path)
         ours = "obs" in data
         obs, action = (
             torch.as_tensor(data[name]) for name in (("obs", "action") if ours else ("observations", "actions"))
@@ -566,7 +576,7 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
         terminated = torch.as_tensor(data["terminated"]) if ours else None
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
-        fail(f"--data {path} has neither --save-data's columns nor tensors observations, actions, mean_reward: {error}")
+        fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward: {error}")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
     require(obs.ndim == 2 and len(obs) > 1, f"--data {path}: observations must be (N, {obs_dim}), N > 1")
     obs = obs[:, skip:] if ours else obs
@@ -891,11 +901,12 @@ class Absorption:
     def policy_share(self) -> float:
         if not self.lengths:
             return self.expert_share  # nothing is known yet
-        return max(sum(self.limit - length for length in self.lengths), 1) / (self.limit * len(self.lengths))
+        return sum(self.limit - length for length in self.lengths) / (self.limit * len(self.lengths))
 
     def logit(self) -> float:
         """Within ±5, as far as a network that may not be steep would go."""
-        return min(max(math.log(self.expert_share / self.policy_share()), -5.0), 5.0)
+        expert, policy = (max(share, 1e-3) for share in (self.expert_share, self.policy_share()))
+        return min(max(math.log(expert / policy), -5.0), 5.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"lengths": list(self.lengths)}
@@ -974,9 +985,10 @@ class DiscriminatorMeans(Means):
 
 
 # Differs: losses are all there is to diverge
-def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
+def check_losses(means: dict[str, float], networks: nn.Module, step: int, run_dir: Path) -> None:
     """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
-    bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+    weights = sum(weight.detach().norm() for weight in networks.parameters())  # the last step's, which no loss has seen
+    bad = [name for name, mean in (means | {"weights": float(weights)}).items() if not math.isfinite(mean)]
     if bad:
         checkpoint = run_dir / "checkpoint.pt"
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
@@ -1394,7 +1406,7 @@ def main(args: Args) -> dict[str, float]:
 
             finished, save = step >= args.total_timesteps, due(args.checkpoint_every)
             if due(LOG_EVERY) or finished or save or checkpointer.signal:  # what has not been checked is not saved
-                check_losses(means.read() | judged.read(), step, run_dir)
+                check_losses(means.read() | judged.read(), nn.ModuleList([agent, discriminator]), step, run_dir)
             if due(LOG_EVERY) or finished:
                 log.scalars(means.read() | judged.read() | watch.read(step), step)
                 means.reset()

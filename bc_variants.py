@@ -52,8 +52,8 @@ Usage:
 
 An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
 that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations` (N,
-D), `actions` (N, A), both tensors, and `mean_reward` (the expert's return, a number); all of it is used. Without an
-expert to ask there is no DAgger.
+D), `actions` (N, A), tensors or arrays, and `mean_reward` (the expert's return, a number); all of it is used, whatever
+--num-episodes is. Without an expert to ask there is no DAgger.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
 
@@ -151,7 +151,7 @@ class Args:
     data: str | None = None
     """file of transitions (written by --save-data) to start from, instead of collecting them"""
     num_episodes: int = 20
-    """episodes of the expert"""
+    """episodes of the expert, or of the Minari dataset (of --data: all)"""
     dagger_rounds: int = 0
     """rounds of DAgger after the first training"""
     dagger_episodes: int = 5
@@ -261,8 +261,9 @@ def check_args(args: Args) -> None:
         how += f" --save-policy {expert_path(args)}"
         folder = Path(expert_path(args)).parent
         how = how if folder.is_dir() else f"mkdir -p {folder} && {how}"
+        make_env(args.env_id).close()  # a misspelt id has no expert, either
         require(Path(expert_path(args)).is_file(), f"--expert {expert_path(args)}: no such file; make it with: {how}")
-    if args.minari_id is not None:
+    if args.minari_id is not None and args.resume is None:
         fine = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.minari_id) is not None
         require(fine, f"--minari-id {args.minari_id}: an id looks like mujoco/halfcheetah/expert-v0")
         require_package("minari", "--minari-id")
@@ -480,10 +481,18 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
     return order[~held_out], order[held_out]
 
 
+def load_data_file(path: str) -> Any:
+    """What torch.save wrote of tensors, numpy's arrays and numbers; anything else could run code, and is refused."""
+    rebuild = np._core.multiarray  # type: ignore[attr-defined]
+    kinds = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, rebuild._reconstruct, rebuild.scalar, *kinds]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
     """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = load_data_file(path)
         ours = "obs" in data
         obs, action = (
             torch.as_tensor(data[name]) for name in (("obs", "action") if ours else ("observations", "actions"))
@@ -492,7 +501,7 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
         episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
-        fail(f"--data {path} has neither --save-data's columns nor tensors observations, actions, mean_reward: {error}")
+        fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward: {error}")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
     require(obs.ndim == 2 and len(obs) > 1, f"--data {path}: observations must be (N, {obs_dim}), N > 1")
     obs = obs[:, skip:] if ours else obs

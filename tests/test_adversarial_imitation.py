@@ -201,11 +201,24 @@ def test_shares_of_the_absorbing_state():
     absorption.lengths.extend([25] * 18)
     share = (50 + 18 * 75) / 2_000
     assert absorption.logit() == pytest.approx(math.log(0.25 / share))
-    absorption.lengths.extend([100] * 20)  # the oldest are forgotten; a share of nothing counts as one step
+    absorption.lengths.extend([100] * 20)  # the oldest are forgotten; a share of nothing counts as a thousandth
     assert absorption.logit() == pytest.approx(5.0), "within ±5"
     rare = adv.Absorption(expert_share=1e-6, limit=100)
     rare.lengths.append(1)
     assert rare.logit() == -5.0
+
+
+def test_where_neither_ever_ends_ending_is_not_paid_for():
+    """Whatever the number of the expert's episodes: a policy that never falls must not be paid to."""
+    for episodes in (1, 10, 100):
+        obs = torch.zeros(1_000 * episodes, 1)
+        episode = torch.arange(episodes).repeat_interleave(1_000)
+        expert = adv.Demonstrations(obs, obs, episode, 1.0, torch.zeros(len(obs)))
+        absorption = adv.Absorption(expert.absorbed(1_000), 1_000)
+        absorption.lengths.extend([1_000] * 20)
+        assert absorption.logit() == 0
+        absorption.lengths.append(900)
+        assert absorption.logit() < -1
 
 
 def test_transitions_follow_each_other_within_an_episode():
@@ -219,20 +232,20 @@ def test_transitions_follow_each_other_within_an_episode():
     assert found[2][3].item() == 11 and found[3].tolist() == [0, 0, 0, 0, 1]
     assert found[1][:, 0].tolist() == [0.5, 1.5, 2.5, 10.5, 11.5]
     assert data.absorbed(4) == pytest.approx(2 / 8) and data.absorbed(3) == pytest.approx(1 / 7)
-    assert data.absorbed(2) == pytest.approx(1 / 7), "at least one step of them all"
+    assert data.absorbed(2) == 0
     cut = adv.Demonstrations(obs, obs + 0.5, episode, 1.0, torch.zeros(6))
-    assert cut.transitions()[0][:, 0].tolist() == [0, 1, 2, 10] and cut.absorbed(100) == pytest.approx(1 / 7)
+    assert cut.transitions()[0][:, 0].tolist() == [0, 1, 2, 10] and cut.absorbed(100) == 0
     unordered = adv.Demonstrations(obs, obs + 0.5, torch.zeros(6), 1.0)
     found = unordered.transitions()
     assert found[0].shape == (6, 1) and found[3].sum() == 0
-    assert unordered.absorbed(10) == pytest.approx(1 / 7), "not an early end"
+    assert unordered.absorbed(10) == 0, "not an early end"
 
 
 def test_a_file_says_which_of_its_episodes_ended(tmp_path):
     """Neither episodes cut short nor a single one are taken for something else; a policy's own ended if short."""
     low, high = torch.tensor([-2.0]), torch.tensor([2.0])
     data = adv.from_file(str(saved(tmp_path, recorded(30))), "Pendulum-v1", 3, 0, 1)
-    assert len(data.transitions()[0]) == 29 and data.absorbed(200) == pytest.approx(1 / 31)
+    assert len(data.transitions()[0]) == 29 and data.absorbed(200) == 0
     ended = recorded(30, terminated=torch.arange(30) == 29)
     data = adv.from_file(str(saved(tmp_path, ended)), "Pendulum-v1", 3, 0, 1)
     assert data.transitions()[3].tolist() == [0.0] * 29 + [1.0] and data.absorbed(200) == pytest.approx(0.85)
@@ -245,6 +258,29 @@ def test_a_file_says_which_of_its_episodes_ended(tmp_path):
     assert transitions[3].sum() == 3 and absorbed == pytest.approx(1 - len(data.obs) / 3_000), "all of them fell"
     short = adv.expert_data(replace(args, max_episode_steps=5), None, (11, 1, 3), low, high, 5)
     assert short[1][3].sum() == 0 and len(short[0].obs) == 15, "none fell before its limit"
+
+
+def test_a_minari_dataset_says_which_of_its_episodes_ended(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env, buffers = gym.make("InvertedPendulum-v5"), []
+    for length, ended in ((4, True), (3, False), (5, True)):
+        last = np.arange(length) == length - 1
+        rows = {"observations": list(np.full((length + 1, 4), length) + np.arange(length + 1)[:, None] / 10)}
+        rows |= {"actions": list(np.full((length, 1), 0.5, np.float32)), "rewards": [2.0] * length}
+        rows |= {"terminations": list(last & ended), "truncations": list(last & (not ended))}
+        buffers.append(EpisodeBuffer(id=len(buffers), **rows))
+    minari.create_dataset_from_buffers("toy/falls-v0", buffers, env=env)
+    data = adv.from_minari("toy/falls-v0", 2, "InvertedPendulum-v5", 4, 1)
+    obs, _, next_obs, terminated = data.transitions()
+    torch.testing.assert_close(obs[:, 0], torch.tensor([4, 4.1, 4.2, 4.3, 3, 3.1]))  # what followed 3.2 is not asked
+    torch.testing.assert_close(next_obs[[0, 1, 2, 4], 0], torch.tensor([4.1, 4.2, 4.3, 3.1]))
+    assert terminated.tolist() == [0, 0, 0, 1, 0, 0]
+    assert data.absorbed(10) == pytest.approx(6 / 13) and data.expert_return == pytest.approx(7.0)
+    with pytest.raises(SystemExit):
+        adv.from_minari("toy/falls-v0", 2, "Hopper-v5", 4, 1)
 
 
 def saved(tmp_path: Path, contents: dict[str, object]) -> Path:
@@ -323,6 +359,41 @@ def test_the_control_is_paid_one_for_each_step_and_knows_no_expert(tmp_path, mon
     _, run_dir = run(tiny(tmp_path, algo="control"))
     assert len(rewards) == 50 and all((reward == 1).all() for reward in rewards)
     assert not any(row[1].startswith("losses/discriminator") for row in logged(run_dir))
+
+
+@pytest.mark.parametrize("absorbing", [True, False])
+def test_what_comes_after_the_end_reaches_discriminator_and_agent(tmp_path, monkeypatch, absorbing):
+    """Expert and policy fall, each at its own times; --no-absorbing ends the episode where it ends."""
+    seen: list[adv.Absorption] = []
+    begin, train, reward = adv.Absorption.__init__, adv.train_discriminator, adv.learned_reward
+
+    def remembered(self, *rest):
+        begin(self, *rest)
+        seen.append(self)
+
+    def trained(*rest):
+        shares = 1 - seen[0].expert_share, 1 - seen[0].policy_share()
+        assert rest[-1] == (shares if absorbing else (1.0, 1.0))
+        return train(*rest)
+
+    def paid(discriminator, batch, beyond):
+        assert beyond.item() == pytest.approx(math.log1p(math.exp(seen[0].logit())) if absorbing else 0.0, abs=1e-6)
+        return reward(discriminator, batch, beyond)
+
+    monkeypatch.setattr(adv.Absorption, "__init__", remembered)
+    monkeypatch.setattr(adv, "train_discriminator", trained)
+    monkeypatch.setattr(adv, "learned_reward", paid)
+    changes = dict(env_id="InvertedPendulum-v5", max_episode_steps=20, total_timesteps=90, absorbing=absorbing)
+    _, run_dir = run(tiny(tmp_path, **changes))
+    lengths = [float(row[2]) for row in logged(run_dir) if row[1] == "charts/episodic_length"]
+    assert len(lengths) > 3 and sorted(seen[0].lengths) == sorted(lengths) and min(lengths) < 20
+    assert 0 < seen[0].expert_share != seen[0].policy_share() > 0
+
+
+def test_an_environment_that_does_not_exist_is_named_before_its_expert(tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit:
+        adv.main(replace(tiny(tmp_path), env_id="Typo-v0", expert=None))
+    assert exit.value.code == 2 and "Environment `Typo` doesn't exist" in capfd.readouterr().err
 
 
 def test_how_often_each_is_trained(tmp_path, monkeypatch):
@@ -410,6 +481,24 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
     run_dir = next(Path(args.log_dir).iterdir())
     assert "non-finite losses/discriminator_loss" in exit.value.code and "checkpoint.pt" in exit.value.code
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 45
+
+
+def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_path, monkeypatch):
+    """The losses are those before the step, and still finite."""
+    original, calls = adv.Agent.update, iter(range(10**6))
+
+    def breaking(self, *rest):
+        losses = original(self, *rest)
+        if next(calls) == 9:  # at step 40
+            self.log_alpha.data.fill_(math.nan)
+        return losses
+
+    monkeypatch.setattr(adv.Agent, "update", breaking)
+    with pytest.raises(SystemExit) as exit:
+        adv.main(tiny(tmp_path, checkpoint_every=5))
+    assert "non-finite weights at or before step 40" in exit.value.code
+    run_dir = next((tmp_path / "runs").iterdir())
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 35
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -305,6 +307,10 @@ def test_recorded_data_of_both_kinds(tmp_path):
     again, other = run(tiny(tmp_path, data=str(tmp_path / "plain.pt"), expert=None))
     assert torch.equal(stored(other)["data"]["obs"], data["obs"])
     assert again["eval/expert_fraction"] == pytest.approx(again["eval/episodic_return"] / 50.0)
+    arrays = {"observations": data["obs"].double().numpy(), "actions": data["action"].numpy()}
+    torch.save(arrays | {"mean_reward": np.float64(50.0)}, tmp_path / "arrays.pt")
+    found = bc.from_file(str(tmp_path / "arrays.pt"), "Pendulum-v1", 3, 0, 1)
+    assert torch.equal(found.obs, data["obs"]) and found.expert_return == 50.0
     ours = {
         "env_id": "HalfCheetah-v5",
         "obs": torch.randn(60, 18),
@@ -320,7 +326,7 @@ def test_recorded_data_of_both_kinds(tmp_path):
     assert kept["expert_return"] == pytest.approx(20.0)
 
 
-def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch):
+def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch, capsys):
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
@@ -338,8 +344,9 @@ def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch):
     minari.create_dataset_from_buffers(
         "toy/falls-v0", buffers, env=env, observation_space=env.observation_space, action_space=space
     )
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         bc.from_minari("toy/falls-v0", 2, "Hopper-v5", 4, 1)
+    assert exit.value.code == 2 and "is from InvertedPendulum-v5, not from Hopper-v5" in capsys.readouterr().err
     changes = {"env_id": "InvertedPendulum-v5", "minari_id": "toy/falls-v0", "expert": None, "num_episodes": 2}
     result, run_dir = run(tiny(tmp_path, **changes))
     data = stored(run_dir)["data"]
@@ -408,13 +415,18 @@ def test_dagger_asks_the_expert_everywhere_and_goes_where_the_policy_goes(tmp_pa
 
 
 def test_dagger_helps_where_cloning_drifts(tmp_path):
-    """One expert episode, then its corrections: the action error on the expert's own states cannot show it."""
-    plain, _ = run(tiny(tmp_path, num_episodes=1, train_steps=300, max_episode_steps=100, learning_rate=3e-3))
-    more, run_dir = run(
-        tiny(tmp_path, num_episodes=1, train_steps=300, max_episode_steps=100, learning_rate=3e-3, dagger_rounds=4)
-    )
-    assert len(stored(run_dir)["data"]["obs"]) == 100 * (1 + 4 * 5)
-    assert more["losses/action_error"] < plain["losses/action_error"] or more["losses/action_error"] < 0.05
+    """One expert episode, then its corrections: how far the clone is from the expert where the clone itself goes."""
+    expert = make_expert(tmp_path / "expert.pt")
+    changes = dict(num_episodes=1, train_steps=300, max_episode_steps=100, learning_rate=3e-3)
+    errors = []
+    for rounds in (0, 4):
+        _, run_dir = run(tiny(tmp_path, dagger_rounds=rounds, **changes))
+        assert len(stored(run_dir)["data"]["obs"]) == 100 * (1 + rounds * 5)
+        obs, action, *_ = bc.run_episodes(
+            bc.load_clone(str(run_dir)).act, "Pendulum-v1", 10, 7, torch.device("cpu"), 100
+        )
+        errors.append((action - expert.mode(obs)).abs().mean().item())
+    assert errors[1] < 0.5 * errors[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -440,6 +452,13 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
         clone = bc.load_clone(str(run_dir))
         returns = bc.run_episodes(clone.act, "Pendulum-v1", 2, 1_000_001, torch.device("cpu"), 20)[3]
         assert returns.mean() == pytest.approx(result["eval/episodic_return"])
+
+
+def test_a_fresh_process_evaluates_to_the_same_return(tmp_path):
+    result, run_dir = run(tiny(tmp_path, variant="gmm"))
+    script = [sys.executable, bc.__file__, "--resume", str(run_dir), "--eval-only", "--num-threads", "1"]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"return {result['eval/episodic_return']:.1f} " in printed
 
 
 @pytest.mark.parametrize("variant, call", [("mse", 57), ("diffusion", 33), ("autoregressive", 50), ("gmm", 12)])
@@ -551,6 +570,8 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
         ({"expert": None, "data": "empty"}, "N > 1"),
         ({"expert": None, "data": "nan"}, "non-finite"),
         ({"expert": None, "data": "strange"}, "holds neither"),
+        ({"expert": None, "data": "elsewhere"}, "is from Other-v0, not from Pendulum-v1"),
+        ({"expert": None, "minari_id": "x/y-v0", "dagger_rounds": 1}, "needs an expert to ask"),
         ({"num_bins": 1}, "--num-bins"),
         ({"dagger_beta": 2.0}, "--dagger-beta"),
         ({"eval_only": True}, "--eval-only needs --resume"),
@@ -559,6 +580,7 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
 def test_bad_arguments(tmp_path, capfd, changes, words):
     rows = {"observations": torch.randn(10, 3), "actions": torch.rand(10, 1), "mean_reward": 1.0}
     files = {"plain": rows, "wrong": rows | {"actions": torch.rand(10, 2)}, "strange": {"x": 1}}
+    files |= {"elsewhere": rows | {"env_id": "Other-v0"}}
     files |= {"nan": rows | {"actions": torch.full((10, 1), torch.nan)}}
     files |= {"empty": rows | {"observations": torch.randn(0, 3), "actions": torch.rand(0, 1)}}
     actor = make_expert(tmp_path / "good.pt")

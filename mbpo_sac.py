@@ -56,7 +56,8 @@ imagined steps, a fixed number of updates after each 5,000 steps) is
     python mbpo_sac.py --env-id envs:PostureCheetah-v0 --total-timesteps 50_000 --rollout-length 10 --real-ratio None \
         --average-members --no-probabilistic --ensemble-size 3 --elite-members 3 --num-layers 2 --hidden-size 250 \
         --activation tanh --model-every 5_000 --update-every 5_000 --utd-ratio 1 --rollouts-per-step 1 \
-        --batch-size 1_500 --alpha 0.1 --patience None --max-train-steps 1_500 --no-wrap-angles
+        --batch-size 1_500 --alpha 0.1 --model-batch-size 512 --max-train-steps 1_500 --patience None \
+        --input-noise 0.01 --weight-decay 0 --no-wrap-angles
 
 Expect of SAC on HalfCheetah-v5 4,500 after 100,000 steps, 8,500 after 600,000 and 10,400 after a million (one seed, 2.7
 hours on one core of a server from 2023 with bfloat16 products).
@@ -97,8 +98,9 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
 
 Deviations: 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each real one (40 on
 HalfCheetah); the ensemble predicts Δs, normalised; reward and termination come from formulas where there are any (the
-paper learns the reward); each rollout step gives every elite an equal share of the rows instead of drawing one per row;
-a fit takes at most max_train_steps gradient steps.
+paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step gives
+every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps gradient
+steps. As in the paper rows are held out anew at each fit: after the first one a member has seen many of them before.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -1063,7 +1065,10 @@ def sample_batch(
     args: Args, buffer: ReplayBuffer, imagined: ReplayBuffer | None, skip: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """obs, action, next_obs, reward, terminated: so many real and so many imagined, without the hidden positions."""
-    real = args.batch_size if not imagined or not imagined.size else round((args.real_ratio or 0) * args.batch_size)
+    real = args.batch_size
+    if imagined and imagined.size:
+        ratio = args.real_ratio or 0.0
+        real = max(round(ratio * args.batch_size), int(ratio > 0))
     parts = []
     for source, count in ((buffer, real), (imagined, args.batch_size - real)):
         if source and count:
@@ -1529,6 +1534,7 @@ def main(args: Args) -> dict[str, float]:
                 if elites is None:
                     compare_with_paid(formulas, buffer)
                 progress["elites"], fitted = fit_members(model, model_optimizer, buffer, args)
+                check_losses(fitted, buffer, args, step, run_dir)
                 elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")
                 length = branch(args, step, elites, formulas, agent.actor, buffer, imagined)

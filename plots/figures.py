@@ -204,6 +204,8 @@ def draw_curves(axes: Axes, panel: Panel, study: Study, loaded: dict[str, list[F
         mean, std = mean_and_std(values)
         if panel.x_tag:  # the seeds' mean of another curve at the same steps
             others = [seed.curves[panel.x_tag] for seed in loaded[run.name] if panel.x_tag in seed.curves]
+            if not others:  # a run of which the table alone is left
+                continue
             grid = np.mean([np.interp(grid, other.steps, other.values) for other in others], axis=0)
         # With seven colours used up, the next seven runs are drawn dash-dotted (dashed lines are reported values).
         style = "-" if index < len(COLOURS) else "-."

@@ -947,6 +947,7 @@ STUDIES: tuple[Study, ...] = (
                     ("error/counterexample", "V̂^π of the counterexample"),
                     ("bound/hoeffding", "Hoeffding's bound"),
                     ("bound/l1_value", "the bound through rows"),
+                    ("bound/counterexample", "Hoeffding's, counterexample"),
                 ),
             ),
             Panel(

@@ -263,6 +263,9 @@ def test_a_run_leaves_its_metrics_and_its_policy_says_the_same(tmp_path):
     # From its file alone, in the environment as Gymnasium makes it.
     loaded, returns = a2c.load_policy(str(policy)), []
     assert loaded.normaliser.count == 20_096
+    kept = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    for name, value in torch.load(policy, weights_only=True)["returns"].items():
+        assert torch.equal(value, kept[f"returns.{name}"]) and value.isfinite().all()
     for episode in range(2):
         env = gym.make("Pendulum-v1", max_episode_steps=15)
         obs, over, total = env.reset(seed=1_000_001 + episode)[0], False, 0.0

@@ -194,8 +194,9 @@ def test_an_update_changes_the_agent_and_nothing_else():
     assert all(torch.equal(*pair) for pair in zip(rows, copies, strict=True))
     assert all(p.grad is None for p in agent.target.parameters())
     fixed = sac.Agent(3, LOW, HIGH, sac.Args(units=16, alpha=0.2))
+    before = fixed.log_alpha.item()
     fixed.update(*rows)
-    assert fixed.temperature().item() == pytest.approx(0.2)
+    assert fixed.temperature().item() == pytest.approx(0.2) and fixed.log_alpha.item() == before
 
 
 def test_bfloat16_products_give_nearly_the_same_update():
@@ -423,7 +424,7 @@ def test_batches_mix_as_asked():
     real, imagined = filled(50), filled(60)
     real.reward.fill_(1.0)
     imagined.reward.fill_(2.0)
-    for ratio, expected in ((0.25, 16), (0.0, 0), (1.0, 64), (None, 0)):
+    for ratio, expected in ((0.25, 16), (0.001, 1), (0.0, 0), (1.0, 64), (None, 0)):
         args = sac.Args(batch_size=64, real_ratio=ratio)
         obs, _, next_obs, reward, _ = sac.sample_batch(args, real, imagined, 1)
         assert (reward == 1).sum() == expected and len(reward) == 64 and obs.shape == next_obs.shape == (64, 3)
@@ -578,6 +579,16 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
     words = "non-finite losses/qf_loss" if bad == "nan" else "losses/qf_values above"
     assert words in exit.value.code and str(run_dir / "checkpoint.pt") in exit.value.code
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 40
+
+
+def test_a_diverged_model_does_not_overwrite_the_checkpoint(tmp_path, monkeypatch):
+    """Its best weights would be restored after each fit, and nobody would see that it learns no more."""
+    original, calls = sac.train_step, iter(range(10**6))
+    broken = lambda *rest: original(*rest) * (torch.nan if next(calls) % 3 == 2 else 1)  # noqa: E731
+    monkeypatch.setattr(sac, "train_step", broken)
+    with pytest.raises(SystemExit) as exit:
+        sac.main(tiny(tmp_path, rollout_length=1, checkpoint_every=5, max_train_steps=3))
+    assert "non-finite model/train_loss" in exit.value.code
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Speed of the scripts against named baselines: one row of plots/speed.csv for each way of doing the same work.
 
-    python plots/speed.py                    all rows, on an otherwise idle machine (a minute)
+    pip install stable-baselines3            the baseline of the SAC rows
+    python plots/speed.py                    all rows, on an otherwise idle machine (some minutes)
+    python plots/speed.py --no-compile       without the rows of torch.compile: a minute, nothing is saved
     python plots/speed.py --threads 1        with one thread
 
 The ways of a row are timed in turn, A B C A B C …, in one process, after a warm-up, and the medians are compared: the
@@ -12,6 +14,7 @@ beside it, because being fast and wrong is easy.
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import os
 import platform
@@ -34,6 +37,7 @@ import mbpo_sac  # noqa: E402
 import mbrl_dynamics  # noqa: E402
 import mpc_cem  # noqa: E402
 import mpc_random_shooting  # noqa: E402
+import pets  # noqa: E402
 
 REFERENCE_GFLOPS = 230.0  # float32 matrix products of the reference machine (2-core Zen 5), where its figures are from
 
@@ -284,11 +288,8 @@ def our_sac(dtype: str) -> Callable[[], object]:
 
 def sac_rows(scale: float) -> list[dict[str, str]]:
     """Environment steps per second, each with one update."""
-    try:
-        from stable_baselines3 import SAC
-    except ImportError:
-        print("the SAC rows need stable-baselines3 as their baseline: pip install stable-baselines3", file=sys.stderr)
-        return []
+    from stable_baselines3 import SAC
+
     baseline = SAC("MlpPolicy", "HalfCheetah-v5", learning_starts=1_000, device="cpu", seed=1)
     baseline.learn(1_000)
     ways: dict[str, Callable[[], object]] = {
@@ -333,6 +334,20 @@ class PlainEnsemble(torch.nn.Module):
         mean, logvar = x.chunk(2, dim=-1)
         logvar = self.max_logvar - torch.nn.functional.softplus(self.max_logvar - logvar)
         return mean, self.min_logvar + torch.nn.functional.softplus(logvar - self.min_logvar)
+
+
+@torch.no_grad()
+def copy_members(plain: PlainEnsemble, ours: Any) -> None:
+    """The same members in both ways, which is checked."""
+    for mine, theirs in zip(
+        (*plain.weights, *plain.biases, plain.max_logvar, plain.min_logvar),
+        (*ours.mlp.weights, *ours.mlp.biases, ours.max_logvar[0], ours.min_logvar[0]),
+        strict=True,
+    ):
+        mine.copy_(theirs)
+    x = torch.randn(5, 8, ours.mlp.weights[0].shape[1])
+    output = ours.mlp(x)
+    torch.testing.assert_close(plain(x), (output[..., : ours.num_targets], ours.logvar(output)), rtol=1e-4, atol=1e-4)
 
 
 def model_rows(scale: float) -> list[dict[str, str]]:
@@ -387,11 +402,8 @@ def model_rows(scale: float) -> list[dict[str, str]]:
         found[-1] |= {"target ratio": target, "held-out MSE": error}
     check_baseline(found[0], 1 / next(iter(seconds.values())), 74 * scale)
 
-    # The same trained member weights in every way.
     trained = models["float32"]
-    with torch.no_grad():
-        for mine, theirs in zip(plain.weights, trained.mlp.weights, strict=True):
-            mine.copy_(theirs)
+    copy_members(plain, trained)
     rows_100k = torch.randint(20_000, (100_000,))
     obs, action = buffer.obs[rows_100k], buffer.action[rows_100k]
     obs_numpy, action_numpy = obs.numpy(), action.numpy()
@@ -432,6 +444,82 @@ def model_rows(scale: float) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# PETS: a plan of 5 iterations, 350 candidates, 20 particles (TS1), 30 steps ahead; the members of MBPO's model
+# ---------------------------------------------------------------------------------------------------------------------
+
+PETS_SIZE: dict[str, Any] = {"num_candidates": 350, "num_elites": 35, "num_particles": 20, "horizon": 30}
+PETS_SIZE |= {"cem_iterations": 5, "propagation": "ts1", "ensemble_size": 5}
+
+
+def forward_reward(obs: torch.Tensor, action: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
+    return (next_obs[..., 0] - obs[..., 0]) / 0.05 - 0.1 * action.square().sum(dim=-1)
+
+
+def never_over(next_obs: torch.Tensor) -> torch.Tensor:
+    return next_obs[..., 0] > torch.inf
+
+
+@torch.no_grad()
+def plain_pets(plain: PlainEnsemble, ours: Any, args: Any, start: np.ndarray) -> np.ndarray:
+    """The first action of a plan as mbrl-lib makes it: particles shuffled over the members at each step, in float32."""
+    K, P, H = args.num_candidates, args.num_particles, args.horizon
+    into, out = ours.input_normaliser, ours.target_normaliser
+    mean, var = torch.zeros(H, 6), torch.full((H, 6), args.start_std**2)
+    for _ in range(args.cem_iterations):
+        std = torch.minimum(var.sqrt(), torch.minimum(mean + 1, 1 - mean) / 2)
+        noise = torch.randn(K, H, 6)
+        while (beyond := noise.abs() > 2).any():
+            noise = torch.where(beyond, torch.randn(K, H, 6), noise)
+        candidates = mean + std * noise
+        obs, over = torch.from_numpy(start).repeat(K * P, 1), torch.zeros(K * P, dtype=torch.bool)
+        total = torch.zeros(K * P)
+        for t in range(H):
+            action = candidates[:, t].repeat_interleave(P, dim=0)
+            inputs = (torch.cat([obs[:, 1:], action], dim=1) - into.mean) / into.std
+            order = torch.randperm(K * P)
+            center, logvar = plain(inputs[order].view(5, -1, inputs.shape[1]))
+            sample = torch.normal(center, logvar.exp().sqrt()).view(K * P, -1)
+            change = torch.empty_like(sample)
+            change[order] = sample
+            next_obs = obs + change * out.std + out.mean
+            reward = forward_reward(obs, action, next_obs)
+            reward[over] = 0
+            total, over, obs = total + reward, over | never_over(next_obs), next_obs
+        elites = candidates[total.view(K, P).mean(dim=1).topk(args.num_elites).indices]
+        mean = args.cem_alpha * elites.mean(dim=0) + (1 - args.cem_alpha) * mean
+        var = args.cem_alpha * elites.var(dim=0) + (1 - args.cem_alpha) * var
+    return mean[0].numpy()
+
+
+def pets_rows(scale: float) -> list[dict[str, str]]:
+    """Plans per second. Each way draws its own particles: actions cannot be compared, but the members are the same."""
+    torch.manual_seed(1)
+    args = pets.Args(**PETS_SIZE)
+    model = pets.GaussianEnsemble(18, 6, 5, 4, 200, "silu", learn_reward=False, skip=1).requires_grad_(False)
+    plain = PlainEnsemble([23, *[200] * 4, 36], 5)
+    copy_members(plain, model)
+    obs = 0.1 * torch.randn(1, 18)
+    ways: dict[str, Callable[[], object]] = {
+        "plain, as in mbrl-lib": partial(plain_pets, plain, model, args, obs[0].numpy())
+    }
+    for dtype in ("float32", "bfloat16"):
+        fast: Any = pets.planning_copy(model, dtype)
+        imagine = partial(pets.imagined_returns, fast, (forward_reward, never_over), args)
+        ways[f"pets.py {dtype}"] = partial(pets.Planner(args, imagine, LOW, HIGH, 1), obs)
+    seconds = medians(ways, rounds=5, calls=1)
+    flops = 5 * 30 * 2 * 350 * 20 * (23 * 200 + 3 * 200 * 200 + 200 * 36)
+    rows = []
+    for name, target in zip(ways, ("", "2", "5"), strict=True):
+        ratio = next(iter(seconds.values())) / seconds[name]
+        rows.append(
+            row("PETS plan, K 350, 20 particles", name, 1 / seconds[name], "plans/s", ratio, flops / seconds[name])
+        )
+        rows[-1] |= {"target ratio": target, "held-out MSE": ""}
+    check_baseline(rows[0], 1 / next(iter(seconds.values())), scale / 3.288)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def row(work: str, way: str, speed: float, unit: str, ratio: float, flops: float) -> dict[str, str]:
@@ -454,19 +542,21 @@ def check_baseline(baseline: dict[str, str], speed: float, expected: float) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the scripts against named baselines.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile (some minutes more)")
-    parser.add_argument("--no-save", action="store_true", help="print only, leave plots/speed.csv alone")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's rows out, and save nothing")
     args = parser.parse_args()
+    if importlib.util.find_spec("stable_baselines3") is None:
+        sys.exit("the SAC rows need stable-baselines3 as their baseline: pip install stable-baselines3")
     torch.set_num_threads(args.threads)
     gflops = {dtype: matrix_gflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
     machine = f"{cpu_name()}, {args.threads} threads, PyTorch {torch.__version__}; matrix products reach "
     machine += f"{gflops[torch.float32]:.0f} GFLOP/s in float32, {gflops[torch.bfloat16]:.0f} in bfloat16"
     print(machine)
     scale = min(1.0, gflops[torch.float32] / REFERENCE_GFLOPS)  # what is not products is no faster here
-    rows = training_row(scale) + planning_rows(scale, args.compile) + sac_rows(scale) + model_rows(scale)
+    rows = training_row(scale) + planning_rows(scale, not args.no_compile) + pets_rows(scale)
+    rows += sac_rows(scale) + model_rows(scale)
     for each in rows:
         print(" | ".join(each.values()))
-    if not args.no_save:
+    if not args.no_compile:
         path = ROOT / "plots" / "speed.csv"
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=[*rows[0]], lineterminator="\n")

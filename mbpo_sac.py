@@ -174,7 +174,7 @@ class Args:
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
-    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     save_policy: str | None = None
     """file to write the trained policy to at the end"""
     env_id: str = "HalfCheetah-v5"

@@ -97,7 +97,7 @@ Usage:
 
 What to expect of the first command: a return of 4,600 after 10,000 environment steps, 5,600 after 20,000 and 6,600
 after 50,000, in 75 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
--156 after 7,000 steps and 5 minutes (seed 1, commit 71f8e16).
+-156 after 7,000 steps and 5 minutes (seed 1, commits 3cab966 and 71f8e16).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -195,7 +195,7 @@ class Args:
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
-    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None
@@ -1142,7 +1142,10 @@ def can_simulate(env: gym.Env[Any, Any], reward_fn: RewardFn) -> bool:
 def check_true_dynamics(args: Args, envs: VectorEnv, formulas: tuple[RewardFn, TerminatedFn] | None) -> None:
     task: Any = envs.envs[0].unwrapped
     words = "--true-dynamics needs a MuJoCo task with known reward whose observation is its joint state"
-    able = formulas is not None and can_simulate(make_env(args.env_id), formulas[0])
+    require(args.reward != "learned", "--true-dynamics needs the known reward, not --reward learned")
+    probe = make_env(args.env_id)
+    able = formulas is not None and can_simulate(probe, formulas[0])
+    probe.close()
     require(able, f"{words}; {args.env_id} is none")
     more = envs.obs.shape[1] > task.model.nq + task.model.nv and args.terminal_value
     require(not more, f"--true-dynamics of {args.env_id} needs --no-terminal-value: V has seen more than joints")

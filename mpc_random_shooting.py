@@ -132,7 +132,7 @@ class Args:
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
-    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None

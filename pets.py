@@ -55,7 +55,7 @@ Usage:
 The paper's setting for HalfCheetah, nineteen times the work at each step, is
 
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
-        --horizon 30 --cem-iterations 5 --num-iterations 300 --initial-steps 1_000
+        --horizon 30 --cem-iterations 5 --num-iterations 300 --initial-steps 1_000 --reset-every None
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -69,7 +69,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised for their horizon, mean over the evaluation
+    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived
     eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
@@ -79,10 +79,11 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     time/train_s                seconds of the fit
     time/env_s                  seconds of the collection, planning included
 
-Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; a fit is a number of
-gradient steps, not of epochs; the model sees angles as sine and cosine (the authors' code does so for the
-pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step of ts1, too, where
-candidates that are computed together share one draw of who goes where.
+Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; episodes are cut short now
+and then while collecting (--reset-every); a fit is a number of gradient steps, not of epochs, with one weight decay for
+all layers; the shifted plan repeats its last action (the authors' is zero there); the model sees angles as sine and
+cosine (the authors' code does so for the pitch of HalfCheetah); the particles of a member are as many as those of every
+other, at each step of ts1, too, where candidates that are computed together share one draw of who goes where.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -156,7 +157,7 @@ class Args:
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
-    """only evaluate the run given by --resume, on the same seeds as its own last evaluation"""
+    """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
     max_episode_steps: int | None = None
@@ -911,7 +912,7 @@ def cem(
         new_var, new_mean = torch.var_mean(elites, dim=1, correction=0)
         mean = args.cem_alpha * new_mean + (1 - args.cem_alpha) * mean
         var = args.cem_alpha * new_var + (1 - args.cem_alpha) * var
-    return mean, top.values.mean(dim=1), (new_var.sqrt() / half).mean()
+    return mean, top.values.mean(dim=1), (new_var.sqrt() / half.clamp(min=1e-9)).mean()
 
 
 # Differs: CEM remembers its plan from one step to the next

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import signal
 import statistics
@@ -71,6 +72,26 @@ def test_formulas_pay_what_the_simulator_pays(name):
     assert off.mean() < mean_off and off.max() < most_off
     assert torch.equal(formulas[1](next_obs).double(), terminated)
     assert falls > 10 or name in ("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Ant")
+
+
+def test_ant_pays_for_its_contacts():
+    """The term alone, exactly: it is too small beside the lag of the torso's position to be seen in the reward."""
+    env = rs.make_env("Ant-v5")
+    formulas = rs.known_formulas(env)
+    assert formulas is not None
+    env.action_space.seed(1)
+    obs, _ = env.reset(seed=1)
+    costs = []
+    for _ in range(200):
+        action = env.action_space.sample()
+        next_obs, _, terminated, truncated, info = env.step(action)
+        without = next_obs.copy()
+        without[29:] = 0  # after 15 positions and 14 velocities come the contact forces
+        paid, free = (formulas[0](*(torch.as_tensor(x) for x in (obs, action, end))) for end in (next_obs, without))
+        assert (paid - free).item() == pytest.approx(info["reward_contact"], abs=1e-6)
+        costs.append(-info["reward_contact"])
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    assert max(costs) > 1e-3
 
 
 def test_weights_are_read_from_the_environment():
@@ -526,6 +547,62 @@ def test_promises_are_held_against_the_value_that_was_reached():
     first = [1 + 0.5 * 2 + 0.25 * 20, 2 + 0.5 * 3 + 0.25 * 30, 3 + 0.5 * 4 + 0.25 * 40]
     second = [1 + 0.5 * 2 + 0.25 * 20, 2 + 0.5 * 3, 3.0]  # a plan that led to the fall is worth what it was paid
     assert found == pytest.approx(np.mean(first + second))
+
+
+# ----------------------------------------------------------------------------------------------------------- compiled
+
+
+def toy_planner(script, device: str, **changes: object):
+    """Plans for two environments in a model with known reward; and what compiles of it."""
+    torch.manual_seed(0)
+    low, high = -torch.ones(2, device=device), torch.ones(2, device=device)
+    args = script.Args(**(dict(horizon=3, num_candidates=24, ensemble_size=2) | changes))
+    kind = script.GaussianEnsemble if script is pets else script.Ensemble
+    model = kind(4, 2, 2, 1, 8, "tanh", learn_reward=False, skip=0).requires_grad_(False).to(device)
+    formulas = (lambda obs, action, next_obs: -next_obs.square().sum(-1)), (lambda next_obs: next_obs[..., 0] > 9)
+    imagine = functools.partial(script.imagined_returns, model, formulas, args if script is pets else args.gamma)
+    return script.Planner(args, imagine, low, high, 2), "plan" if script is rs else "search"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_plan_compiles_as_one_program(script, monkeypatch):
+    """No graph breaks, and the same plan as without. Without a C++ compiler: one warning, and the function as it is."""
+    few = {} if script is rs else {"num_elites": 4}
+    few |= {"num_particles": 2} if script is pets else {}
+    obs = torch.randn(2, 4)
+    found = []
+    for compile in (False, True):
+        planner, name = toy_planner(script, "cpu", **few)
+        if compile:
+            monkeypatch.setattr(planner, name, torch.compile(getattr(planner, name), backend="eager", fullgraph=True))
+        torch.manual_seed(1)
+        found.append(planner(obs))
+    torch.testing.assert_close(found[0], found[1])
+    torch._dynamo.reset()
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="needs a C\\+\\+ compiler") as warned:
+        assert script.compiled(len, torch.device("cpu")) is len
+    assert len(warned) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_cuda_graph_draws_new_candidates_at_each_replay(script):
+    few = {} if script is rs else {"num_elites": 4}
+    few |= {"num_particles": 2} if script is pets else {}
+    planner, _ = toy_planner(script, "cuda", compile=True, num_candidates=200, **few)
+    obs = torch.randn(2, 4, device="cuda")
+    actions = []
+    for _ in range(4):
+        planner.reset(np.ones(2, bool))
+        actions.append(planner(obs)[0])
+    assert not torch.equal(actions[-1], actions[-2])
+    slow, _ = toy_planner(script, "cuda", num_candidates=200, **few)
+    promises = []
+    for each in (planner, slow):
+        each.reset(np.ones(2, bool))
+        promises.append(torch.stack([each(obs)[1] for _ in range(20)]).mean())
+    torch.testing.assert_close(promises[0], promises[1], rtol=0.2, atol=0.1)
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

@@ -52,8 +52,8 @@ Usage:
 
 An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
 that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations` (N,
-D), `actions` (N, A), tensors or arrays, and `mean_reward` (the expert's return, a number); all of it is used, whatever
---num-episodes is. Without an expert to ask there is no DAgger.
+D), `actions` (N, A), tensors or arrays, and `mean_reward` (the expert's return, a number; without it --expert is asked
+to play ten episodes); all of it is used, whatever --num-episodes is. Without an expert to ask there is no DAgger.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
 
@@ -499,9 +499,9 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
         )
         source = data["env_id"] if ours else data.get("env_id", env_id)
         episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
-        reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
+        reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data.get("mean_reward", "nan"))])
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
-        fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward: {error}")
+        fail(f"--data {path} holds neither --save-data's columns nor observations and actions: {error}")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
     require(obs.ndim == 2 and len(obs) > 1, f"--data {path}: observations must be (N, {obs_dim}), N > 1")
     obs = obs[:, skip:] if ours else obs
@@ -511,7 +511,7 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     whole = episode.shape == (len(obs),) and (reward.shape == (len(obs),) or not ours)
     require(whole, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
     require(not episode.is_floating_point(), f"--data {path}: episodes must be numbered by integers")
-    named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
+    named = {"observations": obs, "actions": action} | ({"rewards": reward} if ours else {})
     check_data(named, f"--data {path}")
     return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
 
@@ -1153,7 +1153,13 @@ def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], d
     """The expert's episodes, from wherever they are to come."""
     obs_dim, skip, action_dim = sizes
     if args.data is not None:
-        return from_file(args.data, args.env_id, obs_dim, skip, action_dim)
+        data = from_file(args.data, args.env_id, obs_dim, skip, action_dim)
+        if not math.isfinite(data.expert_return):
+            require(expert is not None, f"--data {args.data} has no finite mean_reward: add it, or give --expert FILE")
+            assert expert is not None
+            rows = run_episodes(expert.mode, args.env_id, 10, args.seed + 2_000_000, device, args.max_episode_steps)
+            data.expert_return = rows[3].mean().item()
+        return data
     if args.minari_id is not None:
         return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None

@@ -567,6 +567,30 @@ STUDIES: tuple[Study, ...] = (
         columns=(RETURN, PLAN_MS),
     ),
     Study(
+        name="model-v5",
+        title="HalfCheetah-v5 at 20,000 steps: the default without one of its parts",
+        shows="What mattered in the model and in the data that it learns from, one change at a time.",
+        runs=tuple(
+            Run(
+                name=name,
+                command=f"python mpc_cem.py --env-id HalfCheetah-v5 --num-iterations 16 {flag}".strip(),
+                minutes=25,
+                label=label,
+            )
+            for name, label, flag in (
+                ("all", "all of them", ""),
+                ("angle", "the pitch as it is", "--no-wrap-angles"),
+                ("whole", "whole episodes", "--reset-every None"),
+                ("small", "two layers instead of four", "--num-layers 2"),
+                ("short", "500 gradient steps a fit instead of 1,500", "--train-steps 500"),
+                ("exact", "no noise on the inputs", "--input-noise 0"),
+                ("one", "a single member", "--ensemble-size 1"),
+            )
+        ),
+        panels=(return_panel(""),),
+        columns=(RETURN, PLAN_MS, Column("model error on new data", "model/holdout_mse")),
+    ),
+    Study(
         name="q6",
         title="SAC, Dyna and MBPO on PostureCheetah-v0, the course's variant",
         shows="What imagined steps add to real ones. The course gives SAC 1,000 updates an iteration and the others"
@@ -668,7 +692,7 @@ STUDIES: tuple[Study, ...] = (
     Study(
         name="sac-004",
         title="SAC on three robots, 200,000 steps",
-        shows="The student project's comparison, by environment.",
+        shows="What a student project compared, by environment; the settings are ours.",
         runs=tuple(
             Run(
                 name=env_id.split("-")[0].lower(),
@@ -696,6 +720,14 @@ STUDIES: tuple[Study, ...] = (
                 reported="PETS 4204 ± 789",
                 target="≥ 4204",
             ),
+            Run(
+                name="paper",
+                command="python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500"
+                " --num-elites 50 --num-particles 20 --horizon 30 --cem-iterations 5 --num-iterations 8 --initial-steps 1_000"
+                " --reset-every None",
+                minutes=200,
+                label="the paper's setting, 8,000 steps",
+            ),
         ),
         panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),
         columns=(RETURN, PLAN_MS),
@@ -721,6 +753,7 @@ STUDIES: tuple[Study, ...] = (
         ),
         columns=(
             RETURN,
+            Column("best", "eval/best_return"),
             Column("share of the expert's", "eval/expert_fraction"),
             Column("action error", "losses/action_error"),
             Column("ms to act 100 times", "time/act_ms"),
@@ -828,22 +861,39 @@ STUDIES: tuple[Study, ...] = (
     Study(
         name="imitation",
         title="Adversarial imitation of HalfCheetah-v5 from 10 episodes",
-        shows="GAIL and AIRL on SAC, and what a constant reward earns.",
-        runs=tuple(
+        shows="GAIL and AIRL on SAC, and what a constant reward earns; beside them cloning and DAgger.",
+        runs=(
+            *(
+                Run(
+                    name=algo,
+                    command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo}"
+                    " --train-dtype bfloat16",
+                    minutes=180,
+                    label=label,
+                    target=target,
+                )
+                for algo, label, target in (
+                    ("gail", "GAIL", "≥ 0.9 of the expert's"),
+                    ("airl", "AIRL", "≥ 0.9 of the expert's"),
+                    ("control", "paid for staying alive", ""),
+                )
+            ),
+            Run(name="bc", command=f"{BC} --variant mse --num-episodes 10", minutes=4, label="cloning, mse"),
             Run(
-                name=algo,
-                command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo} --train-dtype bfloat16",
-                minutes=180,
-                label=label,
-                target=target,
-            )
-            for algo, label, target in (
-                ("gail", "GAIL", "≥ 0.9 of the expert's"),
-                ("airl", "AIRL", "≥ 0.9 of the expert's"),
-                ("control", "paid for staying alive", ""),
-            )
+                name="dagger",
+                command=f"{BC} --variant mse --num-episodes 10 {DAGGER}",
+                minutes=12,
+                label="cloning with DAgger, mse",
+            ),
         ),
-        panels=(Panel(tag="eval/expert_fraction", y_label="return, as a share of the expert's"),),
+        panels=(
+            Panel(
+                tag="eval/expert_fraction",
+                y_label="return, as a share of the expert's",
+                x_label="environment steps (of cloning: gradient steps)",
+                log_x=True,
+            ),
+        ),
         columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
         seeds=2,
     ),

@@ -311,6 +311,11 @@ def test_recorded_data_of_both_kinds(tmp_path):
     torch.save(arrays | {"mean_reward": np.float64(50.0)}, tmp_path / "arrays.pt")
     found = bc.from_file(str(tmp_path / "arrays.pt"), "Pendulum-v1", 3, 0, 1)
     assert torch.equal(found.obs, data["obs"]) and found.expert_return == 50.0
+    torch.save(arrays, tmp_path / "arrays.pt")
+    _, measured = run(tiny(tmp_path / "measured", data=str(tmp_path / "arrays.pt"), expert=str(tmp_path / "expert.pt")))
+    expert = bc.load_expert(str(tmp_path / "expert.pt"), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))
+    returns = bc.run_episodes(expert.mode, "Pendulum-v1", 10, 2_000_001, torch.device("cpu"), 20)[3]
+    assert stored(measured)["data"]["expert_return"] == pytest.approx(returns.mean().item())
     ours = {
         "env_id": "HalfCheetah-v5",
         "obs": torch.randn(60, 18),
@@ -570,6 +575,7 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
         ({"expert": None, "data": "empty"}, "N > 1"),
         ({"expert": None, "data": "nan"}, "non-finite"),
         ({"expert": None, "data": "strange"}, "holds neither"),
+        ({"expert": None, "data": "returnless"}, "has no finite mean_reward"),
         ({"expert": None, "data": "elsewhere"}, "is from Other-v0, not from Pendulum-v1"),
         ({"expert": None, "minari_id": "x/y-v0", "dagger_rounds": 1}, "needs an expert to ask"),
         ({"num_bins": 1}, "--num-bins"),
@@ -580,6 +586,7 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
 def test_bad_arguments(tmp_path, capfd, changes, words):
     rows = {"observations": torch.randn(10, 3), "actions": torch.rand(10, 1), "mean_reward": 1.0}
     files = {"plain": rows, "wrong": rows | {"actions": torch.rand(10, 2)}, "strange": {"x": 1}}
+    files |= {"returnless": {name: rows[name] for name in ("observations", "actions")}}
     files |= {"elsewhere": rows | {"env_id": "Other-v0"}}
     files |= {"nan": rows | {"actions": torch.full((10, 1), torch.nan)}}
     files |= {"empty": rows | {"observations": torch.randn(0, 3), "actions": torch.rand(0, 1)}}

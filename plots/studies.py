@@ -723,8 +723,8 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="paper",
                 command="python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500"
-                " --num-elites 50 --num-particles 20 --horizon 30 --cem-iterations 5 --num-iterations 8 --initial-steps 1_000"
-                " --reset-every None",
+                " --num-elites 50 --num-particles 20 --horizon 30 --cem-iterations 5 --num-iterations 8"
+                " --initial-steps 1_000 --reset-every None",
                 minutes=200,
                 label="the paper's setting, 8,000 steps",
             ),

@@ -1019,5 +1019,5 @@ def test_the_example_of_the_readme_runs():
     names: dict[str, object] = {}
     torch.manual_seed(0)
     exec(code, names)
-    assert names["action"].shape == (8, 2) and names["promised_return"].isfinite().all()
+    assert names["action"].shape == (8, 1) and names["promised_return"].isfinite().all()
     assert len([line for line in code.splitlines() if line.strip()]) <= 15

@@ -984,7 +984,7 @@ class DiscriminatorMeans(Means):
     )  # fmt: skip
 
 
-# Differs: losses are all there is to diverge
+# Differs: losses and weights are all there is to diverge
 def check_losses(means: dict[str, float], networks: nn.Module, step: int, run_dir: Path) -> None:
     """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
     weights = sum(weight.detach().norm() for weight in networks.parameters())  # the last step's, which no loss has seen

@@ -836,8 +836,8 @@ class Value(nn.Module):
     """V(s) of equation 4, as V = (mean + std · network(normalised s)) / (1 - γ) with the reward's mean and std.
 
     Kept within what rewards as large or as small as any that was seen would sum to: where an episode was cut short, V
-    learns from a state that it never learns about, and could talk itself up. A fresh V is wrong by some tenths of a
-    reward of 1: where rewards are a thousand times smaller, it takes long to forget that.
+    learns from a state that it never learns about, and could talk itself up. A fresh V is
+    noise in units of a reward of 1, whatever they are: where they are far smaller, it takes long to forget that.
     """
 
     lowest: Tensor

@@ -113,9 +113,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -152,6 +154,8 @@ class Args:
     """use a GPU if there is one"""
     num_threads: int | None = None
     """CPU threads of PyTorch; None leaves its default (one per core)"""
+    compile: bool = False
+    """compile the hot path with torch.compile (CUDA graphs on a GPU; needs a C++ compiler on a CPU)"""
     track: bool = False
     """mirror TensorBoard to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "mbrl"
@@ -719,13 +723,15 @@ class TwinCritic(StackedMLP):
     def __init__(self, obs_dim: int, action_dim: int, units: int):
         super().__init__(2, [obs_dim + action_dim, units, units, 1], "relu")
 
-    def value(self, obs: Tensor, action: Tensor) -> Tensor:  # (B, D), (B, A) -> (2, B)
+    def value(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:  # (B, D), (B, A) -> (2, B)
+        """Where frozen, gradients go through the networks to the action, and not to their weights."""
+        weights, biases = ([p.detach() if frozen else p for p in group] for group in (self.weights, self.biases))
         x = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             x = F.relu(torch.baddbmm(bias, x, weight))
         with torch.autocast(x.device.type, enabled=False):  # values near 1,000 would be rounded to ±2 in bfloat16
             # A product with a single column is slow as one: (2, B, units) * (2, 1, units), summed.
-            return (x.float() * self.weights[-1].mT).sum(dim=-1) + self.biases[-1][..., 0]
+            return (x.float() * weights[-1].mT).sum(dim=-1) + biases[-1][..., 0]
 
 
 def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor) -> Actor:
@@ -801,6 +807,14 @@ class Discriminator(nn.Module):
 # ------------------------------------------------------------------------------------------------------ algorithm
 
 
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The whole function as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
+        return function
+    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
 class Agent(nn.Module):
     """Soft actor-critic: equations 1 to 3 as one function of a batch."""
 
@@ -816,45 +830,52 @@ class Agent(nn.Module):
         self.gamma, self.tau, self.fixed_alpha = args.gamma, args.tau, args.alpha
         self.dtype = getattr(torch, args.train_dtype)
         self.to(low.device)
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=low.is_cuda)
-        self.critic_optimizer = adam(self.critic.parameters())
-        self.actor_weights = [*self.actor.parameters(), *([self.log_alpha] if args.alpha is None else [])]
-        self.actor_optimizer = adam(self.actor_weights)
+        self.learned = [*self.critic.parameters(), *self.actor.parameters()]
+        self.learned += [self.log_alpha] if args.alpha is None else []
+        self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, fused=True, capturable=low.is_cuda)
+        self.gradients = self.find_gradients
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # the way back is a part of the program
+            self.gradients = compiled(self.find_gradients, low.device)
 
     def temperature(self) -> Tensor:
         if self.fixed_alpha is not None:
             return torch.full_like(self.log_alpha, self.fixed_alpha)
         return self.log_alpha.exp().detach()
 
-    def update(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor) -> Tensor:
-        """One gradient step on everything; returns (qf_loss, actor_loss, alpha, entropy, qf_values)."""
-        alpha, device = self.temperature(), obs.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+    def find_gradients(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(qf_loss, actor_loss, alpha, entropy, qf_values) and the gradients of equation 2 and the temperature's.
+
+        The losses share no weights that learn: the gradient of their sum is each one's own.
+        """
+        alpha = self.temperature()
+        with torch.autocast(obs.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 next_action, next_log_prob = self.actor.sample(next_obs)
                 next_value = self.target.value(next_obs, next_action).amin(dim=0) - alpha * next_log_prob
                 y = reward + self.gamma * (1 - terminated) * next_value  # (1); a time limit is no end
             values = self.critic.value(obs, action)  # (2, B)
             critic_loss = (values - y).square().mean(dim=1).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
-
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             new_action, log_prob = self.actor.sample(obs)
-            value = self.critic.value(obs, new_action).amin(dim=0)
+            value = self.critic.value(obs, new_action, frozen=True).amin(dim=0)
             entropy = -log_prob.detach().mean()
             actor_loss = (alpha * log_prob - value).mean()
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-            loss = actor_loss + alpha_loss if self.fixed_alpha is None else actor_loss
-        # Not backward(): the gradients of the critic, through which the actor's go, are not needed.
-        for weight, gradient in zip(self.actor_weights, torch.autograd.grad(loss, self.actor_weights), strict=True):
-            weight.grad = gradient
-        self.actor_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.tau)
+            loss = critic_loss + actor_loss + (alpha_loss if self.fixed_alpha is None else 0)
         means = (critic_loss, actor_loss, alpha, entropy, values.amin(dim=0).mean())
-        return torch.stack([mean.detach() for mean in means])
+        return torch.stack([mean.detach() for mean in means]), torch.autograd.grad(loss, self.learned)
+
+    def update(self, *batch: Tensor) -> Tensor:
+        """One gradient step of everything at once; returns what `find_gradients` does first."""
+        means, gradients = self.gradients(*batch)
+        for weight, gradient in zip(self.learned, gradients, strict=True):
+            weight.grad = gradient
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.tau)  # (3)
+        return means
 
 
 def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
@@ -1200,7 +1221,7 @@ class Stopwatch:
 
 MAY_CHANGE = {"resume", "num_threads", "cuda", "track", "wandb_project_name", "wandb_entity", "checkpoint_every"}
 MAY_CHANGE |= {"total_timesteps", "save_policy", "eval_only", "eval_episodes", "capture_video", "eval_every"}
-MAY_CHANGE |= {"interim_episodes"}
+MAY_CHANGE |= {"interim_episodes", "compile"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1361,7 +1382,7 @@ def main(args: Args) -> dict[str, float]:
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": {}}
     means, judged = Means(device), DiscriminatorMeans(device)
-    parts = {"agent": agent, "actor_optimizer": agent.actor_optimizer, "critic_optimizer": agent.critic_optimizer}
+    parts = {"agent": agent, "agent_optimizer": agent.optimizer}
     parts |= {"discriminator": discriminator, "optimizer": optimizer, "absorption": absorption, "data": data}
     parts |= {"means": means, "judged": judged, "buffer": buffer, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:

@@ -847,13 +847,15 @@ class TwinCritic(StackedMLP):
     def __init__(self, obs_dim: int, action_dim: int, units: int):
         super().__init__(2, [obs_dim + action_dim, units, units, 1], "relu")
 
-    def value(self, obs: Tensor, action: Tensor) -> Tensor:  # (B, D), (B, A) -> (2, B)
+    def value(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:  # (B, D), (B, A) -> (2, B)
+        """Where frozen, gradients go through the networks to the action, and not to their weights."""
+        weights, biases = ([p.detach() if frozen else p for p in group] for group in (self.weights, self.biases))
         x = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             x = F.relu(torch.baddbmm(bias, x, weight))
         with torch.autocast(x.device.type, enabled=False):  # values near 1,000 would be rounded to ±2 in bfloat16
             # A product with a single column is slow as one: (2, B, units) * (2, 1, units), summed.
-            return (x.float() * self.weights[-1].mT).sum(dim=-1) + self.biases[-1][..., 0]
+            return (x.float() * weights[-1].mT).sum(dim=-1) + biases[-1][..., 0]
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -874,45 +876,52 @@ class Agent(nn.Module):
         self.gamma, self.tau, self.fixed_alpha = args.gamma, args.tau, args.alpha
         self.dtype = getattr(torch, args.train_dtype)
         self.to(low.device)
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=low.is_cuda)
-        self.critic_optimizer = adam(self.critic.parameters())
-        self.actor_weights = [*self.actor.parameters(), *([self.log_alpha] if args.alpha is None else [])]
-        self.actor_optimizer = adam(self.actor_weights)
+        self.learned = [*self.critic.parameters(), *self.actor.parameters()]
+        self.learned += [self.log_alpha] if args.alpha is None else []
+        self.optimizer = torch.optim.Adam(self.learned, args.learning_rate, fused=True, capturable=low.is_cuda)
+        self.gradients = self.find_gradients
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # the way back is a part of the program
+            self.gradients = compiled(self.find_gradients, low.device)
 
     def temperature(self) -> Tensor:
         if self.fixed_alpha is not None:
             return torch.full_like(self.log_alpha, self.fixed_alpha)
         return self.log_alpha.exp().detach()
 
-    def update(self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor) -> Tensor:
-        """One gradient step on everything; returns (qf_loss, actor_loss, alpha, entropy, qf_values)."""
-        alpha, device = self.temperature(), obs.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+    def find_gradients(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(qf_loss, actor_loss, alpha, entropy, qf_values) and the gradients of equation 2 and the temperature's.
+
+        The losses share no weights that learn: the gradient of their sum is each one's own.
+        """
+        alpha = self.temperature()
+        with torch.autocast(obs.device.type, self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 next_action, next_log_prob = self.actor.sample(next_obs)
                 next_value = self.target.value(next_obs, next_action).amin(dim=0) - alpha * next_log_prob
                 y = reward + self.gamma * (1 - terminated) * next_value  # (1); a time limit is no end
             values = self.critic.value(obs, action)  # (2, B)
             critic_loss = (values - y).square().mean(dim=1).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
-
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             new_action, log_prob = self.actor.sample(obs)
-            value = self.critic.value(obs, new_action).amin(dim=0)
+            value = self.critic.value(obs, new_action, frozen=True).amin(dim=0)
             entropy = -log_prob.detach().mean()
             actor_loss = (alpha * log_prob - value).mean()
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-            loss = actor_loss + alpha_loss if self.fixed_alpha is None else actor_loss
-        # Not backward(): the gradients of the critic, through which the actor's go, are not needed.
-        for weight, gradient in zip(self.actor_weights, torch.autograd.grad(loss, self.actor_weights), strict=True):
-            weight.grad = gradient
-        self.actor_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.tau)
+            loss = critic_loss + actor_loss + (alpha_loss if self.fixed_alpha is None else 0)
         means = (critic_loss, actor_loss, alpha, entropy, values.amin(dim=0).mean())
-        return torch.stack([mean.detach() for mean in means])
+        return torch.stack([mean.detach() for mean in means]), torch.autograd.grad(loss, self.learned)
+
+    def update(self, *batch: Tensor) -> Tensor:
+        """One gradient step of everything at once; returns what `find_gradients` does first."""
+        means, gradients = self.gradients(*batch)
+        for weight, gradient in zip(self.learned, gradients, strict=True):
+            weight.grad = gradient
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.tau)  # (3)
+        return means
 
 
 def has_known_reward(env: gym.Env[Any, Any]) -> bool:
@@ -1120,7 +1129,7 @@ def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The whole planning call as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
+    """The whole function as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
         return function
@@ -1486,7 +1495,6 @@ def main(args: Args) -> dict[str, float]:
     formulas = chosen_formulas(args, envs.envs[0])
 
     agent = Agent(obs_dim - skip, low, high, args)
-    update = compiled(agent.update, device) if args.compile else agent.update
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, len(low), device)
     model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), formulas is None)).to(device)
     model_optimizer = make_optimizer(model, args.model_learning_rate, args.weight_decay)
@@ -1495,7 +1503,7 @@ def main(args: Args) -> dict[str, float]:
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "elites": None, "seconds": 0.0, "metrics": {}}
     means = Means(device)
-    parts = {"agent": agent, "actor_optimizer": agent.actor_optimizer, "critic_optimizer": agent.critic_optimizer}
+    parts = {"agent": agent, "optimizer": agent.optimizer}
     parts |= {"model": model, "model_optimizer": model_optimizer, "means": means}
     parts |= {"buffer": buffer, "imagined": imagined, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
@@ -1545,7 +1553,7 @@ def main(args: Args) -> dict[str, float]:
             if started and due(args.update_every):
                 owed = int(args.utd_ratio * (step - args.initial_steps + args.update_every)) - progress["updates"]
                 for _ in range(owed):
-                    means.add(update(*sample_batch(args, buffer, imagined, skip)))
+                    means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
                 progress["updates"] += owed
                 watch.lap("time/share_updates")
             bar.update(args.num_envs)

@@ -839,7 +839,7 @@ class Planner:
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The whole planning call as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
+    """The whole function as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
         return function

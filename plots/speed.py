@@ -267,9 +267,9 @@ def planning_rows(scale: float, compile: bool) -> list[dict[str, str]]:
 SAC_STEPS = 50  # of each timed call
 
 
-def our_sac(dtype: str) -> Callable[[], object]:
+def our_sac(dtype: Any, compile: bool = False) -> Callable[[], object]:
     torch.manual_seed(1)
-    args = mbpo_sac.Args(rollout_length=0, utd_ratio=1.0, train_dtype=dtype)
+    args = mbpo_sac.Args(rollout_length=0, utd_ratio=1.0, train_dtype=dtype, compile=compile)
     envs = mbpo_sac.VectorEnv(args.env_id, 1, seed=1)
     skip, device = mbpo_sac.hidden_positions(envs.envs[0]), torch.device("cpu")
     buffer = mbpo_sac.ReplayBuffer(100_000, envs.obs.shape[1], 6, device)
@@ -286,7 +286,7 @@ def our_sac(dtype: str) -> Callable[[], object]:
     return steps
 
 
-def sac_rows(scale: float) -> list[dict[str, str]]:
+def sac_rows(scale: float, compile: bool) -> list[dict[str, str]]:
     """Environment steps per second, each with one update."""
     from stable_baselines3 import SAC
 
@@ -297,11 +297,14 @@ def sac_rows(scale: float) -> list[dict[str, str]]:
         "mbpo_sac.py float32": our_sac("float32"),
         "mbpo_sac.py bfloat16": our_sac("bfloat16"),
     }
+    if compile:
+        ways |= {f"mbpo_sac.py {dtype}, --compile": our_sac(dtype, compile=True) for dtype in ("float32", "bfloat16")}
     seconds = {name: each / SAC_STEPS for name, each in medians(ways, rounds=15, calls=1).items()}
     actor, critics = 17 * 256 + 256 * 256 + 256 * 12, 2 * (23 * 256 + 256 * 256 + 256)
     flops = 2 * 256 * (4 * actor + 6 * critics)  # forward, and backward where a gradient is needed
     rows = []
-    for name, target in zip(ways, ("", "1.6", "2.2"), strict=True):
+    for name in ways:
+        target = "2.2" if "bfloat16" in name else "1.6"
         ratio = next(iter(seconds.values())) / seconds[name]
         work = "SAC, an environment step and an update"
         rows.append(row(work, name, 1 / seconds[name], "steps/s", ratio, flops / seconds[name]))
@@ -552,7 +555,7 @@ def main() -> None:
     print(machine)
     scale = min(1.0, gflops[torch.float32] / REFERENCE_GFLOPS)  # what is not products is no faster here
     rows = training_row(scale) + planning_rows(scale, not args.no_compile) + pets_rows(scale)
-    rows += sac_rows(scale) + model_rows(scale)
+    rows += sac_rows(scale, not args.no_compile) + model_rows(scale)
     for each in rows:
         print(" | ".join(each.values()))
     if not args.no_compile:

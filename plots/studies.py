@@ -188,13 +188,15 @@ def return_panel(title: str, *runs: str, reported: tuple[Reported, ...] = ()) ->
     return Panel(tag="eval/episodic_return", y_label="evaluation return", title=title, runs=runs, reported=reported)
 
 
+# Updates of actor and critic in 60 % of the time: see the speed table.
+FAST = "--train-dtype bfloat16 --compile"
 # The course's Dyna: deterministic members, averaged; one buffer for real and imagined steps; updates after each 5,000.
 Q6 = (
     "python mbpo_sac.py --env-id envs:PostureCheetah-v0 --total-timesteps 50_000 --batch-size 1_500 --alpha 0.1"
     " --real-ratio None --average-members --no-probabilistic --ensemble-size 3 --elite-members 3 --num-layers 2"
     " --hidden-size 250 --activation tanh --model-batch-size 512 --max-train-steps 1_500 --patience None"
     " --input-noise 0.01 --weight-decay 0 --no-wrap-angles --rollouts-per-step 1"
-    " --model-every 5_000 --update-every 5_000"
+    f" --model-every 5_000 --update-every 5_000 {FAST}"
 )
 # What A2C owes to each of its parts: one of them switched off.
 A2C_PARTS = (
@@ -213,8 +215,7 @@ BC_NAMES = ("mse", "gaussian", "gmm", "diffusion", "autoregressive")
 # What is trained on grows with each round: fewer steps for each of them.
 DAGGER = "--dagger-rounds 5 --train-steps 10_000"
 BC_BATCHES, BC_RATES = (500, 1_000, 2_000, 4_000), ("1e-3", "5e-4", "1e-4")
-# bfloat16 products: see the speed table.
-SAC = "python mbpo_sac.py --rollout-length 0 --utd-ratio 1 --train-dtype bfloat16"
+SAC = f"python mbpo_sac.py --rollout-length 0 --utd-ratio 1 {FAST}"
 
 STUDIES: tuple[Study, ...] = (
     Study(
@@ -599,25 +600,25 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="sac-1000",
                 command=f"{Q6} --rollout-length 0 --utd-ratio 0.2",
-                minutes=10,
+                minutes=4,
                 label="SAC, 1,000 updates an iteration",
             ),
             Run(
                 name="sac-5000",
                 command=f"{Q6} --rollout-length 0 --utd-ratio 1",
-                minutes=35,
+                minutes=12,
                 label="SAC, 5,000 updates",
             ),
             Run(
                 name="dyna",
                 command=f"{Q6} --rollout-length 1 --utd-ratio 1",
-                minutes=40,
+                minutes=14,
                 label="rollouts of 1, 5,000 updates",
             ),
             Run(
                 name="mbpo",
                 command=f"{Q6} --rollout-length 10 --utd-ratio 1",
-                minutes=40,
+                minutes=14,
                 label="rollouts of 10, 5,000 updates",
             ),
         ),
@@ -632,15 +633,15 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="sac",
                 command=f"{SAC} --env-id HalfCheetah-v5 --total-timesteps 1_000_000",
-                minutes=125,
+                minutes=80,
                 label="SAC",
                 reported="CleanRL 9635 ± 1424 (v2), SB3 zoo 9536, Tianshou 12139",
                 target="≥ 9635",
             ),
             Run(
                 name="mbpo",
-                command="python mbpo_sac.py --env-id HalfCheetah-v5 --train-dtype bfloat16",
-                minutes=220,
+                command=f"python mbpo_sac.py --env-id HalfCheetah-v5 {FAST}",
+                minutes=150,
                 label="MBPO, 10 updates a step",
                 reported="≈ 10,000 near 150–200k steps with 40 updates a step",
                 target="≥ 9635 at ≤ 150k steps",
@@ -679,8 +680,8 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="mbpo",
                 command="python mbpo_sac.py --env-id Hopper-v5 --total-timesteps 125_000 --utd-ratio 20"
-                " --rollout-schedule 20 150 1 15 --target-entropy -1 --rollouts-per-step 100 --train-dtype bfloat16",
-                minutes=330,
+                f" --rollout-schedule 20 150 1 15 --target-entropy -1 --rollouts-per-step 100 {FAST}",
+                minutes=220,
                 label="MBPO",
                 reported="≈ 3000–3300",
                 target="≥ 3300",
@@ -701,7 +702,7 @@ STUDIES: tuple[Study, ...] = (
                 label=env_id,
                 reported="200k steps in 23 minutes (stable-baselines3)",
             )
-            for env_id, minutes in (("HalfCheetah-v5", 25), ("Ant-v5", 35), ("Humanoid-v5", 45))
+            for env_id, minutes in (("HalfCheetah-v5", 16), ("Ant-v5", 22), ("Humanoid-v5", 35))
         ),
         panels=(return_panel(""),),
         columns=(RETURN, Column("steps/s", "charts/SPS")),
@@ -867,8 +868,8 @@ STUDIES: tuple[Study, ...] = (
                 Run(
                     name=algo,
                     command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo}"
-                    " --train-dtype bfloat16",
-                    minutes=180,
+                    f" {FAST}",
+                    minutes=120,
                     label=label,
                     target=target,
                 )

@@ -867,8 +867,7 @@ STUDIES: tuple[Study, ...] = (
             *(
                 Run(
                     name=algo,
-                    command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo}"
-                    f" {FAST}",
+                    command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo} {FAST}",
                     minutes=120,
                     label=label,
                     target=target,

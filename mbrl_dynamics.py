@@ -824,6 +824,7 @@ class Logger:
         """result.json marks the run as finished."""
         self.writer.close()
         save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
+        print(f"{self.run_dir}: finished; its curves: tensorboard --logdir {self.run_dir.parent}")
 
     def picture(self, tag: str, figure: Any, step: int) -> None:
         figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)

@@ -194,10 +194,16 @@ def on_common_grid(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.stack([np.interp(grid, curve.steps, curve.values) for curve in curves])
 
 
+def whole_curves(seeds: list[Finished], tag: str) -> list[Curve]:
+    """The seeds' curves. One of which the last value alone is left is shown only where there is nothing better."""
+    curves = [seed.curves[tag] for seed in seeds if tag in seed.curves]
+    return [curve for curve in curves if len(curve.steps) > 1] or curves
+
+
 def draw_curves(axes: Axes, panel: Panel, study: Study, loaded: dict[str, list[Finished]]) -> None:
     """Mean line and ±std band over the seeds of each run."""
     for index, run in enumerate(study.runs):  # the index over all runs, so that a run has one colour in all panels
-        curves = [seed.curves[panel.tag] for seed in loaded[run.name] if panel.tag in seed.curves]
+        curves = whole_curves(loaded[run.name], panel.tag)
         if not curves or (panel.runs and run.name not in panel.runs):
             continue
         grid, values = on_common_grid(curves)
@@ -219,7 +225,7 @@ def draw_curves(axes: Axes, panel: Panel, study: Study, loaded: dict[str, list[F
 def draw_tags(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]]) -> None:
     """Mean line and ±std band over the seeds of each tag of one run."""
     for index, (tag, label) in enumerate(panel.tags):
-        curves = [seed.curves[tag] for seed in loaded[panel.runs[0]] if tag in seed.curves]
+        curves = whole_curves(loaded[panel.runs[0]], tag)
         if not curves:
             continue
         grid, values = on_common_grid(curves)

@@ -236,6 +236,11 @@ def test_runs_that_are_no_more_stay_in_table_and_figure(
         ("loss", 30, 0.1),
         ("score", 30, 4),
     ]
+    # They would be a flat line beside another seed's curve.
+    seeds = figures.load_study(TOY, tmp_path / "new")["a"]
+    drawn = figures.whole_curves(seeds, "loss")
+    assert [seed.seed for seed in seeds] == [1, 2] and [curve.values.tolist() for curve in drawn] == [[1.0, 0.125]]
+    assert [len(curve.steps) for curve in figures.whole_curves(seeds[:1], "loss")] == [1]
 
     capsys.readouterr()
     changed = dataclasses.replace(TOY, runs=(dataclasses.replace(TOY.runs[0], command="python toy.py --x 9"),))

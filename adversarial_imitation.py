@@ -98,7 +98,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_other            in evaluation, logging and checkpoints
 
 Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps
-instead of its own alone; equation 8 in place of a network's output; GAIL's rewards are scaled, not shifted.
+instead of its own alone; equation 8 in place of a network's output; GAIL's rewards are scaled, not shifted; SAC's
+actor, critics and temperature step together, by the weights before.
 
 Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
 (equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
@@ -868,7 +869,7 @@ class Agent(nn.Module):
         return torch.stack([mean.detach() for mean in means]), torch.autograd.grad(loss, self.learned)
 
     def update(self, *batch: Tensor) -> Tensor:
-        """One gradient step of everything at once; returns what `find_gradients` does first."""
+        """One gradient step of everything at once; returns (qf_loss, actor_loss, alpha, entropy, qf_values)."""
         means, gradients = self.gradients(*batch)
         for weight, gradient in zip(self.learned, gradients, strict=True):
             weight.grad = gradient

@@ -60,8 +60,8 @@ imagined steps, a fixed number of updates after each 5,000 steps) is
         --input-noise 0.01 --weight-decay 0 --no-wrap-angles
 
 Expect of SAC on HalfCheetah-v5 4,500 after 100,000 steps, 8,500 after 600,000 and 10,400 after a million (one seed, 2.7
-hours on one core of a server from 2023, with --train-dtype bfloat16; --compile, which the run did without, makes 1.6
-times as many steps in the same time).
+hours on one core of a server from 2023, with --train-dtype bfloat16, when the critics still stepped before the actor).
+With --compile, too, SAC makes 1.6 times as many steps in the same time (plots/speed.py, two threads).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -863,6 +863,14 @@ class TwinCritic(StackedMLP):
 # ------------------------------------------------------------------------------------------------------ algorithm
 
 
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The whole function as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
+        return function
+    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
 class Agent(nn.Module):
     """Soft actor-critic: equations 1 to 3 as one function of a batch."""
 
@@ -916,7 +924,7 @@ class Agent(nn.Module):
         return torch.stack([mean.detach() for mean in means]), torch.autograd.grad(loss, self.learned)
 
     def update(self, *batch: Tensor) -> Tensor:
-        """One gradient step of everything at once; returns what `find_gradients` does first."""
+        """One gradient step of everything at once; returns (qf_loss, actor_loss, alpha, entropy, qf_values)."""
         means, gradients = self.gradients(*batch)
         for weight, gradient in zip(self.learned, gradients, strict=True):
             weight.grad = gradient
@@ -1128,14 +1136,6 @@ def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step
         checkpoint = run_dir / "checkpoint.pt"
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         sys.exit(f"{bad[0]} at or before step {step}; {last}; try a smaller --learning-rate or --utd-ratio")
-
-
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The whole function as one program; on a GPU as CUDA graphs, with fresh random numbers at each replay."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
-        return function
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

@@ -642,6 +642,21 @@ def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_pat
     assert {field.name for field in dataclasses.fields(script.Args)} >= script.MAY_CHANGE_TO_EVALUATE
 
 
+def test_defaults_suit_the_task_and_flags_come_first():
+    found = {
+        env_id: [getattr(cem.parse_args(["--env-id", env_id]), name) for name in ("horizon", "noise_beta", "gamma")]
+        for env_id in ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5", "envs:PostureCheetah-v0", "Endless-v0")
+    }
+    plain = cem.Args()
+    usual = [plain.horizon, plain.noise_beta, plain.gamma]
+    assert found["HalfCheetah-v5"] == found["Endless-v0"] == usual
+    assert found["InvertedPendulum-v5"] == [*usual[:2], 0.998]
+    assert found["Hopper-v5"] == [20, 1.0, 0.998] and found["envs:PostureCheetah-v0"] == [20, 1.0, plain.gamma]
+    words = ["--env-id", "Hopper-v5", "--horizon", "7", "--noise-beta", "0.5", "--gamma", "0.9"]
+    given = cem.parse_args(words)
+    assert (given.horizon, given.noise_beta, given.gamma, given.env_id) == (7, 0.5, 0.9, "Hopper-v5")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_cannot_be_resumed_to_be_shorter(script, tmp_path, capsys):
     _, run_dir = run(script, tiny(script, tmp_path))

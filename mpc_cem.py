@@ -172,7 +172,7 @@ Imagine = Callable[[Tensor, Tensor], Tensor]  # obs (B, D), candidates (B, K, H,
 
 @dataclass
 class Args:
-    """Planning in a learned model by CEM. Three defaults depend on the task: where a step takes less than 20 ms they are
+    """Planning in a learned model by CEM. Where a step of the task takes less than 20 ms, three defaults are others:
     --horizon 20, --noise-beta 1 and --gamma 0.992."""
 
     exp_name: str = "mpc_cem"

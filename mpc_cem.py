@@ -58,7 +58,8 @@ many can be tried in the same time.
 
 Not every task goes at HalfCheetah's pace, 50 ms a step. Where a step takes less than 20 ms (Hopper, Walker2d, Humanoid)
 the defaults are --horizon 20, --noise-beta 1 and --gamma 0.992: plans of more steps, noise that is slow enough to move
-a body, and a V that looks as many seconds ahead.
+a body, and a V that looks as many seconds ahead. And where an episode has at most 200 steps, beginnings abound, and
+what comes later is rare: none is cut short there (--reset-every None).
 
 The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
 
@@ -172,8 +173,8 @@ Imagine = Callable[[Tensor, Tensor], Tensor]  # obs (B, D), candidates (B, K, H,
 
 @dataclass
 class Args:
-    """Planning in a learned model by CEM. Where a step of the task takes less than 20 ms, three defaults are others:
-    --horizon 20, --noise-beta 1 and --gamma 0.992."""
+    """Planning in a learned model by CEM. Some defaults depend on the task: --horizon 20, --noise-beta 1 and --gamma
+    0.992 where a step takes less than 20 ms, --reset-every None where an episode has at most 200 steps."""
 
     exp_name: str = "mpc_cem"
     """name of the experiment, part of the run folder's name"""
@@ -1475,12 +1476,16 @@ def new_run_dir(args: Args) -> Path:
 
 
 def suited(env_id: str) -> Args:
-    """The defaults for a task: those of the class suit steps of 50 ms, and not those that take less than 20."""
+    """The defaults for a task: those of the class suit steps of 50 ms and episodes of 1,000 of them."""
     args, env = Args(env_id=env_id), make_env(env_id)
     dt = getattr(env.unwrapped, "dt", None)  # seconds of a step, in MuJoCo's tasks
+    limit = env.spec.max_episode_steps if env.spec else None
     env.close()
-    short = isinstance(dt, float) and dt < 0.02
-    return replace(args, horizon=20, noise_beta=1.0, gamma=0.992) if short else args
+    if isinstance(dt, float) and dt < 0.02:
+        args = replace(args, horizon=20, noise_beta=1.0, gamma=0.992)
+    if limit is not None and limit <= 200:
+        args = replace(args, reset_every=None)
+    return args
 
 
 # Differs: the defaults depend on the task

@@ -442,7 +442,7 @@ STUDIES: tuple[Study, ...] = (
         runs=(
             any_run("pendulum", "Pendulum-v1", 3, 20, "−1331 (random actions)", "≥ −250"),
             any_run("reacher", "Reacher-v5", 16, 30, "−41 (random actions)", "≥ −7"),
-            any_run("pusher", "Pusher-v5", 11, 30, "−150 (random actions)", "≥ −45"),
+            any_run("pusher", "Pusher-v5", 21, 30, "−150 (random actions)", "≥ −45"),
             any_run("inverted-pendulum", "InvertedPendulum-v5", 6, 40, "5 (random actions)", "≥ 990"),
             any_run("hopper", "Hopper-v5", 16, 45, "28 (random actions)", "≥ 800"),
         ),

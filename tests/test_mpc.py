@@ -644,16 +644,24 @@ def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_pat
 
 def test_defaults_suit_the_task_and_flags_come_first():
     found = {
-        env_id: [getattr(cem.parse_args(["--env-id", env_id]), name) for name in ("horizon", "noise_beta", "gamma")]
-        for env_id in ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5", "envs:PostureCheetah-v0", "Endless-v0")
+        env_id: dataclasses.replace(cem.parse_args(["--env-id", env_id]), env_id="")
+        for env_id in (
+            "HalfCheetah-v5",
+            "Endless-v0",
+            "Hopper-v5",
+            "envs:PostureCheetah-v0",
+            "Pusher-v5",
+            "Pendulum-v1",
+        )
     }
-    plain = cem.Args()
-    usual = [plain.horizon, plain.noise_beta, plain.gamma]
-    assert found["HalfCheetah-v5"] == found["InvertedPendulum-v5"] == found["Endless-v0"] == usual
-    assert found["Hopper-v5"] == found["envs:PostureCheetah-v0"] == [20, 1.0, 0.992]
-    words = ["--env-id", "Hopper-v5", "--horizon", "7", "--noise-beta", "0.5", "--gamma", "0.9"]
-    given = cem.parse_args(words)
-    assert (given.horizon, given.noise_beta, given.gamma, given.env_id) == (7, 0.5, 0.9, "Hopper-v5")
+    usual = cem.Args(env_id="")
+    assert usual.reset_every and found["HalfCheetah-v5"] == found["Endless-v0"] == usual
+    short_steps = dataclasses.replace(usual, horizon=20, noise_beta=1.0, gamma=0.992)
+    assert found["Hopper-v5"] == found["envs:PostureCheetah-v0"] == short_steps
+    assert found["Pusher-v5"] == found["Pendulum-v1"] == dataclasses.replace(usual, reset_every=None)
+    words = "--env-id Hopper-v5 --horizon 7 --noise-beta 0.5 --gamma 0.9"
+    assert cem.parse_args(words.split()) == cem.Args(env_id="Hopper-v5", horizon=7, noise_beta=0.5, gamma=0.9)
+    assert cem.parse_args(["--env-id", "Pusher-v5", "--reset-every", "30"]).reset_every == 30
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -58,8 +58,8 @@ many can be tried in the same time.
 
 Not every task goes at HalfCheetah's pace, 50 ms a step. Where a step takes less than 20 ms (Hopper, Walker2d, Humanoid)
 the defaults are --horizon 20, --noise-beta 1 and --gamma 0.992: plans of more steps, noise that is slow enough to move
-a body, and a V that looks about as many seconds ahead. And where an episode has at most 200 steps, beginnings abound, and
-what comes later is rare: none is cut short there (--reset-every None).
+a body, and a V that looks about as many seconds ahead. And where an episode has at most 200 steps, beginnings abound,
+and what comes later is rare: none is cut short there (--reset-every None).
 
 The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
 

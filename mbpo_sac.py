@@ -102,7 +102,9 @@ other); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient step
 HalfCheetah); the ensemble predicts Δs, normalised; reward and termination come from formulas where there are any (the
 paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step gives
 every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps gradient
-steps. As in the paper rows are held out anew at each fit: after the first one a member has seen many of them before.
+steps, and a member may end it as it began it. As in the paper rows are held out anew at each fit: after the first one a
+member has seen many of them before. The course's Dyna holds no rows out, and makes a rollout before each update; here
+those for 50 updates are made at once.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -145,6 +147,7 @@ SCRIPT = Path(__file__).stem
 RewardFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # obs (..., D), action (..., A), next_obs (..., D) -> (...)
 TerminatedFn = Callable[[Tensor], Tensor]  # next_obs (..., D) -> (...), bool
 LOG_EVERY = 1_000  # steps between logs of losses and speed
+BLOCK = 50  # updates between rollouts, where real and model transitions share one buffer
 
 
 @dataclass
@@ -226,7 +229,7 @@ class Args:
     rollout_length: int = 1
     """steps of each model rollout; 0: no model, which is SAC"""
     rollout_schedule: tuple[int, int, int, int] | None = None
-    """FROM TO MIN MAX: grow rollout_length from MIN to MAX between epochs (of 1,000 steps) FROM and TO"""
+    """FROM TO MIN MAX: rollout_length grows from MIN at epoch FROM (of 1,000 steps, random ones apart) to MAX at TO"""
     rollouts_per_step: float = 400.0
     """model rollouts begun for each environment step"""
     real_ratio: float | None = 0.05
@@ -234,7 +237,7 @@ class Args:
     retain_epochs: int = 1
     """room for the model transitions of so many epochs (of 1,000 steps), if no rollout ends early"""
     model_every: int = 250
-    """environment steps between fits of the model, with rollouts after each"""
+    """environment steps between fits of the model, with rollouts after each (with one buffer: between the updates)"""
     ensemble_size: int = 5
     """members of the ensemble"""
     elite_members: int = 3
@@ -1076,7 +1079,8 @@ def scheduled_length(args: Args, step: int) -> int:
     if args.rollout_schedule is None:
         return args.rollout_length
     first, last, low, high = args.rollout_schedule
-    share = min(max((step / 1_000 - first) / (last - first), 0.0), 1.0)
+    epoch = (step - args.initial_steps) / 1_000
+    share = min(max((epoch - first) / (last - first), 0.0), 1.0)
     return int(low + share * (high - low))
 
 
@@ -1448,17 +1452,15 @@ def interact(actor: Actor, envs: VectorEnv, skip: int, device: torch.device, ran
 
 
 def branch(
-    args: Args, step: int, elites: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None, actor: Actor,
-    buffer: ReplayBuffer, imagined: ResizableBuffer,
-) -> int:  # fmt: skip
-    """Rollouts from states of the buffer, as many as fall due until the model is fitted again; returns their length."""
-    length, every = scheduled_length(args, step), max(args.model_every, args.num_envs)
-    count = max(1, round(args.rollouts_per_step * every))
+    args: Args, step: int, num_steps: float, elites: DynamicsModel, formulas: tuple[RewardFn, TerminatedFn] | None,
+    actor: Actor, buffer: ReplayBuffer, imagined: ResizableBuffer,
+) -> None:  # fmt: skip
+    """Rollouts from states of the buffer, as many as fall due in `num_steps` environment steps."""
+    length, count = scheduled_length(args, step), max(1, round(args.rollouts_per_step * num_steps))
     if args.real_ratio is not None:
-        imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / every))
+        imagined.resize(count * length * math.ceil(1_000 * args.retain_epochs / num_steps))
     start = buffer.obs[torch.randint(buffer.size, (count,), device=buffer.obs.device)]
     imagine(elites, formulas, actor, start, length, args.average_members, imagined)
-    return length
 
 
 def model_config(
@@ -1548,14 +1550,21 @@ def main(args: Args) -> dict[str, float]:
                 check_losses(fitted, buffer, args, step, run_dir)
                 elites = only_members(model, progress["elites"], args.train_dtype)
                 watch.lap("time/share_model")
-                length = branch(args, step, elites, formulas, agent.actor, buffer, imagined)
-                log.scalars(fitted | {"model/rollout_length": float(length)}, step)
+                if args.real_ratio is not None:
+                    every = max(args.model_every, args.num_envs)
+                    branch(args, step, every, elites, formulas, agent.actor, buffer, imagined)
+                log.scalars(fitted | {"model/rollout_length": float(scheduled_length(args, step))}, step)
                 watch.lap("time/share_rollouts")
 
             # Learn to act.
             if started and due(args.update_every):
                 owed = int(args.utd_ratio * (step - args.initial_steps + args.update_every)) - progress["updates"]
-                for _ in range(owed):
+                for update in range(owed):
+                    if args.real_ratio is None and elites and update % BLOCK == 0:  # with the policy as it is by now
+                        every = max(args.update_every, args.num_envs) * min(BLOCK, owed - update) / owed
+                        watch.lap("time/share_updates")
+                        branch(args, step, every, elites, formulas, agent.actor, buffer, imagined)
+                        watch.lap("time/share_rollouts")
                     means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
                 progress["updates"] += owed
                 watch.lap("time/share_updates")

@@ -675,13 +675,14 @@ STUDIES: tuple[Study, ...] = (
     Study(
         name="mbpo-hopper",
         title="MBPO on Hopper-v5",
-        shows="Rollouts that grow from 1 to 15 steps, 20 updates a step.",
+        shows="Rollouts that grow from 1 to 15 steps, 20 updates a step, fits of at most 1,000 batches.",
         runs=(
             Run(
                 name="mbpo",
                 command="python mbpo_sac.py --env-id Hopper-v5 --total-timesteps 125_000 --utd-ratio 20"
-                f" --rollout-schedule 20 150 1 15 --target-entropy -1 --rollouts-per-step 100 {FAST}",
-                minutes=220,
+                f" --rollout-schedule 20 150 1 15 --target-entropy -1"
+                f" --max-train-steps 1_000 --checkpoint-every 5_000 {FAST}",
+                minutes=300,
                 label="MBPO",
                 reported="≈ 3000–3300",
                 target="≥ 3300",

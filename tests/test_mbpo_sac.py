@@ -426,10 +426,24 @@ def test_a_resized_buffer_keeps_the_newest():
 
 
 def test_the_schedule():
-    args = sac.Args(rollout_schedule=(20, 150, 1, 15))
-    lengths = {0: 1, 20_000: 1, 29_000: 1, 30_000: 2, 85_000: 8, 150_000: 15, 400_000: 15}
+    args = sac.Args(rollout_schedule=(20, 150, 1, 15), initial_steps=5_000)
+    lengths = {0: 1, 25_000: 1, 34_000: 1, 35_000: 2, 90_000: 8, 155_000: 15, 400_000: 15}
     assert {step: sac.scheduled_length(args, step) for step in lengths} == lengths
     assert sac.scheduled_length(sac.Args(rollout_length=4), 10**6) == 4
+
+
+def test_with_one_buffer_rollouts_follow_the_policy_as_it_changes(tmp_path, monkeypatch):
+    seen, imagine = [], sac.imagine
+
+    def watched(elites, formulas, actor, obs, *others):
+        seen.append((len(obs), actor.fc1.weight.sum().item()))
+        imagine(elites, formulas, actor, obs, *others)
+
+    monkeypatch.setattr(sac, "BLOCK", 8)
+    monkeypatch.setattr(sac, "imagine", watched)
+    run(tiny(tmp_path, real_ratio=None, initial_steps=20, total_timesteps=60, update_every=20))
+    assert [count for count, _ in seen] == 3 * [16, 16, 8]  # of 20 updates, two rollouts each
+    assert len({weights for _, weights in seen}) == len(seen)
 
 
 def test_batches_mix_as_asked():

@@ -26,13 +26,14 @@ Here r is what the discriminator says of a step:
 
     D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
     GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
-    AIRL:   logit = f(s, a, s') - log π(a|s)    r = f                                                               (6)
+    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f                                                           (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
-In AIRL the policy's own density is part of the discriminator, so that at the optimum f is the expert's advantage and g,
-if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and not with f - log π: its
-entropy term is the -log π. So α is 1 (unless --alpha says otherwise) and f is not scaled; with a policy much narrower
-than that, log π alone would tell the two apart, and f would learn nothing.
+In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
+(its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
+not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. But
+the penalty keeps f from being steep, and an expert that hardly varies costs more entropy (on HalfCheetah-v5 10.7 nats a
+step, against a uniform policy) than such an f can pay for: α is 0.1, unless --alpha says otherwise.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
@@ -299,6 +300,7 @@ def check_args(args: Args) -> None:
     sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
     two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
     require(len(sources) < 2, f"{two} are two sources: give one of them")
+    require(args.algo != "airl" or args.alpha != 0, "--alpha 0: AIRL's discriminator divides by it")
     fixed = args.algo == "airl" or args.alpha is not None
     require(target == "auto" or not fixed, "--target-entropy is for an --alpha that adapts itself, this one is fixed")
     if args.data is not None and args.resume is None:
@@ -765,6 +767,11 @@ class Step(NamedTuple):
     terminated: Tensor  # (B, 1)
 
 
+def fixed_alpha(args: Args) -> float | None:
+    """AIRL's discriminator is made for one temperature: there it does not adapt."""
+    return 0.1 if args.algo == "airl" and args.alpha is None else args.alpha
+
+
 class Discriminator(nn.Module):
     """h of equation 5, or g and Φ of equation 7."""
 
@@ -773,7 +780,9 @@ class Discriminator(nn.Module):
     def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
         super().__init__()
         units = args.discriminator_units
-        self.airl, self.gamma, self.low, self.high = args.algo == "airl", args.gamma, low, high
+        self.airl = args.algo == "airl"
+        self.alpha = (fixed_alpha(args) if self.airl else None) or 1.0  # of equation 6
+        self.gamma, self.low, self.high = args.gamma, low, high
         self.normaliser = Normaliser(obs_dim)
         self.head = nn.Sequential(
             nn.Linear(obs_dim + len(low), units), nn.Tanh(), nn.Linear(units, units), nn.Tanh(), nn.Linear(units, 1)
@@ -795,14 +804,16 @@ class Discriminator(nn.Module):
         return found[:, 0]
 
     def logit(self, step: Step, log_prob: Tensor) -> Tensor:
-        return self.score(step) - log_prob if self.airl else self.score(step)
+        return self.score(step) / self.alpha - log_prob if self.airl else self.score(step)
 
     def reward(self, score: Tensor) -> Tensor:
         return score if self.airl else F.softplus(score)
 
     def absorbing_reward(self, logit: float | None) -> Tensor:
-        """Equation 8's state has one action, and so log π = 0 and f is the logit. None: nothing is paid there."""
-        return torch.zeros_like(self.spread) if logit is None else self.reward(self.spread.new_tensor(logit))
+        """Equation 8's state has one action, and so log π = 0 and f is α logit. None: nothing is paid there."""
+        if logit is None:
+            return torch.zeros_like(self.spread)
+        return self.reward(self.spread.new_tensor(self.alpha * logit))
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -1074,7 +1085,7 @@ def evaluate(
     args: Args, actor: Actor, expert_return: float, episodes: int, device: torch.device, video: Path | None
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, acting by the mean, on the same seeds each time, none of them trained on."""
-    seed = args.seed + 1_000_000
+    seed = 1_000_000 + 1_000 * args.seed  # no run begins where another one does
     obs, _, _, returns, _ = run_episodes(actor.mode, args.env_id, episodes, seed, device, args.max_episode_steps, video)
     mean = returns.mean().item()
     metrics = {"eval/episodic_return": mean, "eval/episodic_length": len(obs) / episodes}
@@ -1295,7 +1306,7 @@ def demonstrate(
     if args.minari_id is not None:
         return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None
-    seed = args.seed + 2_000_000
+    seed = 2_000_000 + 1_000 * args.seed  # no run begins where another one does
     rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
     early = rows[2].bincount()[rows[2]] < limit  # whole episodes: what ended before the limit has terminated
     return Demonstrations(*rows[:3], rows[3].mean().item(), early)
@@ -1371,8 +1382,7 @@ def main(args: Args) -> dict[str, float]:
     limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
     data, expert_steps, absorbed = expert_data(args, checkpoint, (obs_dim, skip, action_dim), low, high, limit)
 
-    temperature = 1.0 if args.algo == "airl" and args.alpha is None else args.alpha
-    agent = Agent(obs_dim, low, high, replace(args, alpha=temperature))
+    agent = Agent(obs_dim, low, high, replace(args, alpha=fixed_alpha(args)))
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     discriminator.normaliser.fit(expert_steps[0])
     optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)

@@ -803,7 +803,9 @@ class Autoregressive(Policy):
 
     The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there. An action
     between two centres belongs to both in such shares that their mean is the action itself, and so a few bins will do.
-    The best action is the mean of the likeliest bin and its neighbours.
+    The best action is the mean of the likeliest bin and its neighbours. Of the dimensions before its own a network sees
+    the bin, as in equation 5: the expert's exact u_1 tells more of x than a blurred x does, and a network that has
+    learned to read x off it will read its own mistakes.
     """
 
     mask: Tensor
@@ -821,6 +823,8 @@ class Autoregressive(Policy):
         return (1 - distance).clamp(min=0)
 
     def log_probs(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (A, B, bins)
+        half = (len(self.centres) - 1) / 2
+        u = ((u + 1) * half).round() / half - 1
         return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), u * self.mask], dim=-1)).log_softmax(dim=-1)
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
@@ -920,7 +924,7 @@ def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, numb
         asks_expert = torch.rand(len(obs), 1, device=obs.device) < beta
         return torch.where(asks_expert, expert.mode(obs), policy.act(obs, args.sample))
 
-    seed = args.seed + 3_000_000 + 100_000 * number  # not those of the evaluation or of the expert
+    seed = 3_000_000 + 100_000 * number + 1_000 * args.seed  # not those of the evaluation or of the expert
     obs, _, episode, returns, _ = run_episodes(
         mixture, args.env_id, args.dagger_episodes, seed, device, args.max_episode_steps
     )
@@ -953,7 +957,7 @@ def evaluate(
     args: Args, policy: Policy, expert_return: float, episodes: int, device: torch.device, video: Path | None
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes on the same seeds each time, none of them trained on."""
-    seed = args.seed + 1_000_000
+    seed = 1_000_000 + 1_000 * args.seed  # no run begins where another one does
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         act = lambda obs: policy.act(obs, args.sample)  # noqa: E731
@@ -1153,18 +1157,18 @@ def parse_args(command_line: list[str] | None = None) -> Args:
 def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], device: torch.device) -> Demonstrations:
     """The expert's episodes, from wherever they are to come."""
     obs_dim, skip, action_dim = sizes
+    seed = 2_000_000 + 1_000 * args.seed  # no run begins where another one does
     if args.data is not None:
         data = from_file(args.data, args.env_id, obs_dim, skip, action_dim)
         if not math.isfinite(data.expert_return):
             require(expert is not None, f"--data {args.data} has no finite mean_reward: add it, or give --expert FILE")
             assert expert is not None
-            rows = run_episodes(expert.mode, args.env_id, 10, args.seed + 2_000_000, device, args.max_episode_steps)
+            rows = run_episodes(expert.mode, args.env_id, 10, seed, device, args.max_episode_steps)
             data.expert_return = rows[3].mean().item()
         return data
     if args.minari_id is not None:
         return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None
-    seed = args.seed + 2_000_000
     rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
     return Demonstrations(*rows[:3], rows[3].mean().item())
 

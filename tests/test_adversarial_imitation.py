@@ -109,12 +109,14 @@ def test_the_density_of_given_actions_is_torchs_and_saturated_ones_are_finite():
     assert adv.log_prob(actor, obs, HIGH.expand(40, -1)).isfinite().all()
 
 
-def test_airls_logit_is_that_of_its_discriminator():
-    """D = exp f / (exp f + π), Fu et al. 2018."""
-    judge, rows, log_prob = discriminator(), batch(), torch.randn(32)
+@pytest.mark.parametrize("alpha", [None, 1.0, 0.4])
+def test_airls_logit_is_that_of_its_discriminator(alpha):
+    """D = exp f / (exp f + π), Fu et al. 2018, at temperature 1."""
+    judge, rows, log_prob = discriminator(alpha=alpha), batch(), torch.randn(32)
     step = judge.steps(*rows)
     f = judge.score(step)
-    expected = f.exp() / (f.exp() + log_prob.exp())
+    played = (f / (alpha or 0.1)).exp()
+    expected = played / (played + log_prob.exp())
     torch.testing.assert_close(torch.sigmoid(judge.logit(step, log_prob)), expected)
     x, next_x = judge.normaliser(rows[0]), judge.normaliser(rows[2])
     u = 2 * (rows[1] - LOW) / (HIGH - LOW) - 1
@@ -184,9 +186,9 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
     raw = judge.reward(judge.score(judge.steps(*rows))).detach()
     judge.spread.fill_(2.0)
     absorbing = judge.absorbing_reward(-1.5)
-    torch.testing.assert_close(absorbing, torch.tensor(-1.5) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
+    torch.testing.assert_close(absorbing, torch.tensor(-0.15) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
     found = adv.learned_reward(judge, rows, absorbing)
-    # AIRL's f is the advantage at temperature 1, and no other: it is not scaled.
+    # AIRL's f is made for its temperature: it is not scaled.
     spread = 0.99 * 2.0 + 0.01 * raw.std() if algo == "gail" else judge.spread
     torch.testing.assert_close(judge.spread, spread)
     torch.testing.assert_close(found, (raw + rows[3] * 99 * absorbing) / spread)
@@ -316,8 +318,8 @@ def test_the_newest_steps_are_the_newest_even_when_the_buffer_has_gone_round():
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("algo, alpha, used", [("airl", None, 1.0), ("airl", 0.3, 0.3), ("gail", 0.3, 0.3)])
-def test_airls_temperature_is_one(tmp_path, algo, alpha, used):
+@pytest.mark.parametrize("algo, alpha, used", [("airl", None, 0.1), ("airl", 0.3, 0.3), ("gail", 0.3, 0.3)])
+def test_airls_temperature_is_fixed(tmp_path, algo, alpha, used):
     _, run_dir = run(tiny(tmp_path, algo=algo, alpha=alpha))
     found = [float(row[2]) for row in logged(run_dir) if row[1] == "losses/alpha"]
     assert found and all(value == pytest.approx(used) for value in found)
@@ -425,7 +427,7 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     # The imitator can be an expert itself.
     actor = bc_variants.load_expert(str(policy), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))
-    returns = adv.run_episodes(actor.mode, "Pendulum-v1", 2, 1_000_001, CPU, 15)[3]
+    returns = adv.run_episodes(actor.mode, "Pendulum-v1", 2, 1_001_000, CPU, 15)[3]
     assert np.mean(returns) == pytest.approx(result["eval/episodic_return"], rel=1e-5)
 
 
@@ -518,6 +520,7 @@ def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_pa
         ({"data": "{tmp}/tall.pt"}, "episodes and rewards are not one number for each of 30"),
         ({"data": "{tmp}/real.pt"}, "episodes must be numbered by integers"),
         ({"algo": "airl", "target_entropy": -3.0}, "this one is fixed"),
+        ({"algo": "airl", "alpha": 0.0}, "AIRL's discriminator divides by it"),
         ({"log_dir": f"{__file__}/runs"}, "--log-dir"),
         ({"eval_only": True}, "--eval-only needs --resume"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),

@@ -113,6 +113,8 @@ def test_the_autoregressive_probabilities_sum_to_one_and_see_only_what_came_befo
     one, other = policy.log_probs(x, torch.tensor([[0.2, 0.9]])), policy.log_probs(x, torch.tensor([[0.2, -0.9]]))
     assert torch.equal(one, other), "the last dimension is seen by none"
     third = policy.log_probs(x, torch.tensor([[-0.7, 0.9]]))
+    same_bin = policy.log_probs(x, torch.tensor([[-0.55, 0.9]]))  # centres -1, -0.6, -0.2, ..
+    assert torch.equal(third, same_bin) and not torch.equal(third, policy.log_probs(x, torch.tensor([[-0.9, 0.9]])))
     assert torch.equal(one[0], third[0]) and not torch.allclose(one[1], third[1])
     policy.nets.weights[0].data *= 10  # so that what came before matters
     many = torch.randn(20, 3)
@@ -276,7 +278,7 @@ def test_the_expert_is_rolled_out_and_its_return_is_its_own(tmp_path):
     returns = []
     for episode in range(4):
         env = gym.make("Pendulum-v1", max_episode_steps=20)
-        obs, total = env.reset(seed=2_000_001 + episode)[0], 0.0
+        obs, total = env.reset(seed=2_001_000 + episode)[0], 0.0
         rows = data["obs"][data["episode"] == episode]
         for t in range(20):
             np.testing.assert_allclose(rows[t], obs, rtol=1e-5)
@@ -314,7 +316,7 @@ def test_recorded_data_of_both_kinds(tmp_path):
     torch.save(arrays, tmp_path / "arrays.pt")
     _, measured = run(tiny(tmp_path / "measured", data=str(tmp_path / "arrays.pt"), expert=str(tmp_path / "expert.pt")))
     expert = bc.load_expert(str(tmp_path / "expert.pt"), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))
-    returns = bc.run_episodes(expert.mode, "Pendulum-v1", 10, 2_000_001, torch.device("cpu"), 20)[3]
+    returns = bc.run_episodes(expert.mode, "Pendulum-v1", 10, 2_001_000, torch.device("cpu"), 20)[3]
     assert stored(measured)["data"]["expert_return"] == pytest.approx(returns.mean().item())
     ours = {
         "env_id": "HalfCheetah-v5",
@@ -400,7 +402,7 @@ def test_dagger_asks_the_expert_everywhere_and_goes_where_the_policy_goes(tmp_pa
         assert len(data.obs) == 62 and data.episode[2:].bincount().tolist() == [0, 0, 20, 20, 20]
         torch.testing.assert_close(data.action[2:], expert.mode(data.obs[2:]).detach())
         visited[beta] = data.obs[2:].view(20, 3, 3)  # the three episodes side by side
-    device, seed = torch.device("cpu"), args.seed + 3_100_000
+    device, seed = torch.device("cpu"), 3_100_000 + 1_000 * args.seed
     for beta, act in ((0.0, policy.act), (1.0, expert.mode)):
         alone = bc.run_episodes(act, args.env_id, 3, seed, device, 20)[0]
         torch.testing.assert_close(visited[beta].reshape(60, 3), alone)
@@ -455,7 +457,7 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
         assert again[name] == result[name]
     if variant != "diffusion":  # its best guess depends on the noise that it begins with
         clone = bc.load_clone(str(run_dir))
-        returns = bc.run_episodes(clone.act, "Pendulum-v1", 2, 1_000_001, torch.device("cpu"), 20)[3]
+        returns = bc.run_episodes(clone.act, "Pendulum-v1", 2, 1_001_000, torch.device("cpu"), 20)[3]
         assert returns.mean() == pytest.approx(result["eval/episodic_return"])
 
 

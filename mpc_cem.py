@@ -17,14 +17,18 @@ Random shooting (mpc_random_shooting.py) draws action sequences blindly. CEM dra
 iteration by iteration, towards the best ones found so far. For each environment, with a mean μ and a standard deviation
 σ for every action of the horizon (H, A):
 
-    a_k = clip(μ + σ ε_k),  ε_k ~ N(0, I),   k = 1 .. K                                                         (1)
+    a_k = clip(z_k),  z_k = μ + σ ε_k,  ε_k ~ N(0, I),   k = 1 .. K                                             (1)
     G_k = mean over members e of Σ_t<H γ^t r(ŝ_t, a_k,t, ŝ_{t+1}) + γ^H V̄(ŝ_H),
           where ŝ_0 = s,  ŝ_{t+1} = model_e(ŝ_t, a_k,t)                                                         (2)
-    elites = the J sequences with the largest G_k
-    μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                        (3)
+    elites = the J of the z_k with the largest G_k
+    μ <- clip(α mean(elites) + (1 - α) μ),    σ² <- α var(elites) + (1 - α) σ²                                  (3)
 
 M times over; then the first action of μ (or of the best sequence) is executed, and all is planned anew one step later.
 K, J, M, H, E and α are --num-candidates, --num-elites, --cem-iterations, --horizon, --ensemble-size and --cem-alpha.
+The elites count as drawn and not as clipped, and var divides by J - 1: good actions often lie on the bounds, where
+clipped ones are all alike, and σ would be gone before anything has been found. (With the model of study hw6 and 50
+candidates CEM earns 974 in three episodes, with clipped elites and a division by J 561 in four.)
+
 V is the discounted return that the episodes seen so far went on to earn. It is learned from all transitions (s, r, s')
 of the buffer; V̄ is the same network with a running mean of its weights:
 
@@ -1033,22 +1037,23 @@ def cem(
     for iteration in range(args.cem_iterations):
         K = max(int(args.num_candidates / args.candidate_decay**iteration), 2 * args.num_elites)
         if iteration == 0 and args.start == "uniform":
-            candidates = low + (high - low) * torch.rand(B, K, H, A, device=obs.device)
+            draws = low + (high - low) * torch.rand(B, K, H, A, device=obs.device)
         else:
             noise = (torch.randn(B, K, A, H, device=obs.device) @ noise_filter).transpose(-1, -2)  # (B, K, H, A)
             std = var.sqrt()
             if args.bounded_sampling:
                 std, noise = torch.minimum(std, torch.minimum(mean - low, high - mean) / 2), truncated(noise)
-            candidates = (mean[:, None] + std[:, None] * noise).clamp(low, high)  # (B, K, H, A)
+            draws = mean[:, None] + std[:, None] * noise  # (B, K, H, A)
         last = args.mean_candidate and iteration == args.cem_iterations - 1
-        candidates = torch.cat([candidates, kept, *([mean[:, None]] if last else [])], dim=1)
-        top = rank_last(imagine(obs, candidates)).topk(args.num_elites, dim=1)  # (B, J), best first
-        elites = candidates.gather(1, top.indices[..., None, None].expand(-1, -1, H, A))  # (B, J, H, A)
-        new_var, new_mean = torch.var_mean(elites, dim=1, correction=0)
-        mean = args.cem_alpha * new_mean + (1 - args.cem_alpha) * mean
+        draws = torch.cat([draws, kept, *([mean[:, None]] if last else [])], dim=1)
+        top = rank_last(imagine(obs, draws.clamp(low, high))).topk(args.num_elites, dim=1)  # (B, J), best first
+        elites = draws.gather(1, top.indices[..., None, None].expand(-1, -1, H, A))  # (B, J, H, A)
+        new_var, new_mean = torch.var_mean(elites, dim=1)
+        mean = (args.cem_alpha * new_mean + (1 - args.cem_alpha) * mean).clamp(low, high)
         var = args.cem_alpha * new_var + (1 - args.cem_alpha) * var
         kept = elites[:, : round(args.keep_elites * args.num_elites)]
     action, promise = (mean, top.values.mean(dim=1)) if args.execute == "mean" else (elites[:, 0], top.values[:, 0])
+    action = action.clamp(low, high)
     return action[:, 0], promise, mean, elites, (new_var.sqrt() / half.clamp(min=1e-9)).mean()
 
 

@@ -69,8 +69,9 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived
-    eval/realised_return        what the environment paid over the same horizons; below the promise: the model is fooled
+    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived: a bit too
+                                much, as plans are chosen that were lucky
+    eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
@@ -83,7 +84,9 @@ Deviations: fewer candidates, particles and steps ahead by default, so that one 
 and then while collecting (--reset-every); a fit is a number of gradient steps, not of epochs, with one weight decay for
 all layers; the shifted plan repeats its last action (the authors' is zero there); the model sees angles as sine and
 cosine (the authors' code does so for the pitch of HalfCheetah); the particles of a member are as many as those of every
-other, at each step of ts1, too, where candidates that are computed together share one draw of who goes where.
+other, at each step of ts1, too; all candidates share their particles' draws, so that a few are enough to rank them by;
+every member trains on all rows, and not on a bootstrap of them; targets are normalised, and each member has bounds of
+its own for the variance; no iteration of CEM is left out when σ is small.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -200,7 +203,7 @@ class Args:
     """known: by formula (the environment's batch_reward, batch_terminated); learned: predicted; auto: known if it is"""
 
     # Training
-    train_steps: int = 1_000
+    train_steps: int = 3_000
     """gradient steps per fit"""
     batch_size: int = 256
     """samples in the batch of each gradient step (in an ensemble: of each member)"""
@@ -828,12 +831,14 @@ def check_finite(losses: dict[str, Tensor], model: DynamicsModel, step: int, run
 CACHED_STATES = 4_096  # a CPU rolls out so many at a time: their activations stay in its cache
 
 
-def sample_step(model: GaussianEnsemble, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sample_step(
+    model: GaussianEnsemble, state: Tensor, action: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Equation 1: (E, N, D), (E, N, A) -> a draw of each member, and reward and termination probability if learned."""
     x = model.input_normaliser(model.inputs(state, action))
     output = model.mlp(x.to(model.mlp.weights[0].dtype)).float()
     mean, std = output[..., : model.num_targets], (0.5 * model.logvar(output)).exp()
-    change = model.target_normaliser.inverse(mean + std * torch.randn_like(std))
+    change = model.target_normaliser.inverse(mean + std * noise)
     next_state = state + change[..., : model.obs_dim]
     return (next_state, change[..., -1], output[..., -1].sigmoid()) if model.learn_reward else (next_state, None, None)
 
@@ -851,9 +856,14 @@ def mean_step(model: GaussianEnsemble, state: Tensor, action: Tensor) -> tuple[T
 def imagined_returns(
     model: GaussianEnsemble, formulas: tuple[RewardFn, TerminatedFn] | None, args: Args, obs: Tensor, candidates: Tensor
 ) -> Tensor:
-    """Equation 2: try every candidate (B, K, H, A) from obs (B, D) on its particles; mean returns (B, K)."""
+    """Equation 2: try every candidate (B, K, H, A) from obs (B, D) on its particles; mean returns (B, K).
+
+    All candidates meet the same luck: of two that are alike the better one shall win, not the luckier one.
+    """
     B, K, H, A = candidates.shape
     E, P = (1, 1) if args.propagation == "expectation" else (model.ensemble_size, args.num_particles)
+    luck = torch.randn(H, E, P // E, 1, model.num_targets, device=obs.device)
+    members = torch.rand(H, P, device=obs.device).argsort(dim=1)  # not randperm, which a CUDA graph cannot hold
     group = B * K if obs.is_cuda or torch.compiler.is_compiling() else max(1, CACHED_STATES // P)
     found = []
     for start, plans in zip(
@@ -864,11 +874,14 @@ def imagined_returns(
         returns, alive = torch.zeros(N, device=obs.device), torch.ones(E, P // E * N, device=obs.device)
         for t in range(H):
             if args.propagation == "ts1":  # another member for each particle, and each member as many as before
-                dealt = torch.rand(P, device=obs.device).argsort()  # not randperm, which a CUDA graph cannot hold
-                state, alive = state.view(P, N, -1)[dealt].view_as(state), alive.view(P, N)[dealt].view_as(alive)
+                state = state.view(P, N, -1)[members[t]].view_as(state)
+                alive = alive.view(P, N)[members[t]].view_as(alive)
             action = plans[:, t].repeat(P // E, 1).expand(E, -1, -1)
-            step = mean_step if args.propagation == "expectation" else sample_step
-            next_state, reward, over = step(model, state, action)
+            if args.propagation == "expectation":
+                next_state, reward, over = mean_step(model, state, action)
+            else:
+                noise = luck[t].expand(-1, -1, N, -1).reshape(E, P // E * N, -1)
+                next_state, reward, over = sample_step(model, state, action, noise)
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None

@@ -74,7 +74,7 @@ def visits(monkeypatch, propagation: str, particles: int, horizon: int) -> np.nd
     """Which member moved each particle, (H, P). A particle is known by its first coordinate, which never changes."""
     made, seen, numbers = model(3), [], torch.arange(float(particles)).view(3, -1)
 
-    def step(model, state, action):
+    def step(model, state, action, noise):
         if not seen:  # they all start alike: now each gets its number
             state = torch.cat([numbers[..., None], state[..., 1:]], dim=-1)
         seen.append(state[..., 0].clone())
@@ -104,7 +104,7 @@ def test_an_ended_particle_takes_its_end_with_it_to_the_next_member():
     made = model(3)
     formulas = (lambda o, a, n: torch.ones_like(n[..., 0]), lambda n: n[..., 0] > 0.5)
 
-    def step(model, state, action):
+    def step(model, state, action, noise):
         jump = torch.tensor([1.0, 0.0, 0.0])[:, None, None] * torch.tensor([1.0, 0, 0, 0])
         return state.clamp(max=0) + jump, None, None  # where it was is forgotten, so that only the flag remembers
 
@@ -122,10 +122,30 @@ def test_an_ended_particle_takes_its_end_with_it_to_the_next_member():
     assert np.mean(found) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("propagation", ["ts1", "tsinf"])
+def test_candidates_meet_the_same_luck_and_particles_do_not(propagation, monkeypatch):
+    made, (obs, plans) = model(3), candidates()
+    monkeypatch.setattr(pets, "CACHED_STATES", 12)  # not all of them are rolled out together
+    args = pets.Args(propagation=propagation, num_particles=6)
+    twins = plans[:1, :1].expand(1, 7, -1, -1)
+    found = pets.imagined_returns(made, FORMULAS, args, obs[:1], twins)
+    torch.testing.assert_close(found, found[:, :1].expand(1, 7))
+    assert not torch.allclose(found, pets.imagined_returns(made, FORMULAS, args, obs[:1], twins))
+    seen, original = [], pets.sample_step
+
+    def step(model, state, action, noise):
+        seen.append(noise.view(6, -1, noise.shape[-1])[:, 0])
+        return original(model, state, action, noise)
+
+    monkeypatch.setattr(pets, "sample_step", step)
+    pets.imagined_returns(made, FORMULAS, args, obs[:1], plans[:1, :1])
+    assert len(torch.cat(seen).unique()) == torch.cat(seen).numel(), "of no two particles, steps or dimensions"
+
+
 def test_draws_have_the_predicted_mean_and_spread():
     made, obs, action = model(2), torch.randn(1, 4), torch.randn(1, 2)
     state, act = obs.expand(2, 40_000, -1), action.expand(2, 40_000, -1)
-    found, _, _ = pets.sample_step(made, state, act)
+    found, _, _ = pets.sample_step(made, state, act, torch.randn(2, 40_000, 4))
     mean, _, _ = made.predict(state[:, :1], act[:, :1])
     output = made.mlp(made.input_normaliser(made.inputs(state[:, :1], act[:, :1])))
     std = (0.5 * made.logvar(output)).exp() * made.target_normaliser.std

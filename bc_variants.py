@@ -186,7 +186,7 @@ class Args:
     """step size of Adam"""
     weight_decay: float = 0.0
     """L2 penalty on the weights, through Adam"""
-    input_noise: float = 0.01
+    input_noise: float = 0.003
     """standard deviation of the Gaussian noise on the normalised inputs while training"""
     holdout_ratio: float = 0.1
     """share of the transitions held out, in whole episodes, to measure the model on"""

@@ -63,7 +63,8 @@ many can be tried in the same time.
 Not every task goes at HalfCheetah's pace, 50 ms a step. Where a step takes less than 20 ms (Hopper, Walker2d, Humanoid)
 the defaults are --horizon 20, --noise-beta 1 and --gamma 0.992: plans of more steps, noise that is slow enough to move
 a body, and a V that looks about as many seconds ahead. Where an episode has at most 200 steps (Reacher, Pusher: to get
-somewhere, not to run), they are --noise-beta 1, for smooth movements, and --reset-every None, for beginnings abound.
+somewhere, not to run) they are --horizon 20, --noise-beta 2 and --reset-every None: a hand that moves smoothly, to
+somewhere that is farther than a few steps; and beginnings abound.
 
 The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
 
@@ -178,7 +179,8 @@ Imagine = Callable[[Tensor, Tensor], Tensor]  # obs (B, D), candidates (B, K, H,
 @dataclass
 class Args:
     """Planning in a learned model by CEM. Some defaults depend on the task: --horizon 20, --noise-beta 1 and --gamma
-    0.992 where a step takes less than 20 ms, --noise-beta 1 and --reset-every None where an episode has at most 200."""
+    0.992 where a step takes less than 20 ms; --horizon 20, --noise-beta 2 and --reset-every None where an episode has
+    at most 200 steps."""
 
     exp_name: str = "mpc_cem"
     """name of the experiment, part of the run folder's name"""
@@ -1489,7 +1491,7 @@ def suited(env_id: str) -> Args:
     if isinstance(dt, float) and dt < 0.02:
         args = replace(args, horizon=20, noise_beta=1.0, gamma=0.992)
     if limit is not None and limit <= 200:
-        args = replace(args, noise_beta=1.0, reset_every=None)
+        args = replace(args, horizon=20, noise_beta=2.0, reset_every=None)
     return args
 
 

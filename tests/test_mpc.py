@@ -660,7 +660,8 @@ def test_defaults_suit_the_task_and_flags_come_first():
     assert usual.reset_every and found["HalfCheetah-v5"] == found["Endless-v0"] == usual
     short_steps = dataclasses.replace(usual, horizon=20, noise_beta=1.0, gamma=0.992)
     assert found["Hopper-v5"] == found["envs:PostureCheetah-v0"] == short_steps
-    assert found["Pusher-v5"] == found["Pendulum-v1"] == dataclasses.replace(usual, noise_beta=1.0, reset_every=None)
+    slow = dataclasses.replace(usual, horizon=20, noise_beta=2.0, reset_every=None)
+    assert found["Pusher-v5"] == found["Pendulum-v1"] == slow
     words = "--env-id Hopper-v5 --horizon 7 --noise-beta 0.5 --gamma 0.9"
     assert cem.parse_args(words.split()) == cem.Args(env_id="Hopper-v5", horizon=7, noise_beta=0.5, gamma=0.9)
     assert cem.parse_args(["--env-id", "Pusher-v5", "--reset-every", "30"]).reset_every == 30

@@ -1560,7 +1560,9 @@ def main(args: Args) -> dict[str, float]:
             if started and due(args.update_every):
                 owed = int(args.utd_ratio * (step - args.initial_steps + args.update_every)) - progress["updates"]
                 for update in range(owed):
-                    if args.real_ratio is None and elites and update % BLOCK == 0:  # with the policy as it is by now
+                    if (
+                        args.real_ratio is None and elites is not None and update % BLOCK == 0
+                    ):  # with the policy as it is by now
                         every = max(args.update_every, args.num_envs) * min(BLOCK, owed - update) / owed
                         watch.lap("time/share_updates")
                         branch(args, step, every, elites, formulas, agent.actor, buffer, imagined)

@@ -205,12 +205,12 @@ def course_cem(returns: Callable[[np.ndarray, np.ndarray], np.ndarray], obs: np.
     mean, std = np.zeros((15, 6)), np.ones((15, 6))
     for iteration in range(4):
         if iteration == 0:
-            candidates = (LOW + (HIGH - LOW) * torch.rand(1000, 15, 6)).numpy()
+            draws = (LOW + (HIGH - LOW) * torch.rand(1000, 15, 6)).numpy()
         else:
             noise = torch.randn(1000, 6, 15).transpose(-1, -2).numpy()
-            candidates = np.clip(mean + std * noise, -1, 1).astype(np.float32)
-        elites = candidates[np.argsort(returns(obs, candidates))[-5:]]
-        mean, std = elites.mean(axis=0), elites.std(axis=0)
+            draws = mean + std * noise
+        elites = draws[np.argsort(returns(obs, np.clip(draws, -1, 1).astype(np.float32)))[-5:]]
+        mean, std = np.clip(elites.mean(axis=0), -1, 1), elites.std(axis=0, ddof=1)
     return mean[0]
 
 

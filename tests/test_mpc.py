@@ -869,7 +869,7 @@ def test_what_blows_up_after_the_end_of_an_episode_is_no_matter(script):
     """The second step ends it; the third would be paid infinity."""
 
     class Model(torch.nn.Module):
-        ensemble_size = 1
+        ensemble_size = num_targets = 1
 
         def predict(self, obs, action):
             return obs + 1, None, None

@@ -32,8 +32,8 @@ Here r is what the discriminator says of a step:
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
 not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. But
-the penalty keeps f from being steep, and an expert that hardly varies costs more entropy (on HalfCheetah-v5 10.7 nats a
-step, against a uniform policy) than such an f can pay for: α is 0.1, unless --alpha says otherwise.
+the penalty keeps f from being steep, and to be as sure as an expert that hardly varies costs more entropy than such an
+f can pay for: α is 0.1, unless --alpha says otherwise.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode

@@ -1463,6 +1463,21 @@ def branch(
     imagine(elites, formulas, actor, start, length, args.average_members, imagined)
 
 
+def learn_to_act(
+    args: Args, step: int, owed: int, agent: Agent, elites: DynamicsModel | None,
+    formulas: tuple[RewardFn, TerminatedFn] | None, buffer: ReplayBuffer, imagined: ResizableBuffer, skip: int,
+    means: Means, watch: Stopwatch,
+) -> None:  # fmt: skip
+    """`owed` gradient steps; with one buffer rollouts are made between them, with the policy as it is by then."""
+    for update in range(owed):
+        if args.real_ratio is None and elites is not None and update % BLOCK == 0:
+            every = max(args.update_every, args.num_envs) * min(BLOCK, owed - update) / owed
+            watch.lap("time/share_updates")
+            branch(args, step, every, elites, formulas, agent.actor, buffer, imagined)
+            watch.lap("time/share_rollouts")
+        means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
+
+
 def model_config(
     args: Args, env: gym.Env[Any, Any], obs_dim: int, action_dim: int, learn_reward: bool
 ) -> dict[str, Any]:
@@ -1559,15 +1574,7 @@ def main(args: Args) -> dict[str, float]:
             # Learn to act.
             if started and due(args.update_every):
                 owed = int(args.utd_ratio * (step - args.initial_steps + args.update_every)) - progress["updates"]
-                for update in range(owed):
-                    if (
-                        args.real_ratio is None and elites is not None and update % BLOCK == 0
-                    ):  # with the policy as it is by now
-                        every = max(args.update_every, args.num_envs) * min(BLOCK, owed - update) / owed
-                        watch.lap("time/share_updates")
-                        branch(args, step, every, elites, formulas, agent.actor, buffer, imagined)
-                        watch.lap("time/share_rollouts")
-                    means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
+                learn_to_act(args, step, owed, agent, elites, formulas, buffer, imagined, skip, means, watch)
                 progress["updates"] += owed
                 watch.lap("time/share_updates")
             bar.update(args.num_envs)

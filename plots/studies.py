@@ -680,7 +680,7 @@ STUDIES: tuple[Study, ...] = (
             Run(
                 name="mbpo",
                 command="python mbpo_sac.py --env-id Hopper-v5 --total-timesteps 125_000 --utd-ratio 20"
-                f" --rollout-schedule 20 150 1 15 --target-entropy -1"
+                " --rollout-schedule 20 150 1 15 --target-entropy -1"
                 f" --max-train-steps 1_000 --checkpoint-every 5_000 {FAST}",
                 minutes=300,
                 label="MBPO",

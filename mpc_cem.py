@@ -34,6 +34,8 @@ of the buffer; V̄ is the same network with a running mean of its weights:
 
     minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
+With --num-values there are several V, each learned by itself, and equation 2 believes the one that promises least.
+
 Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
@@ -61,10 +63,11 @@ where they disagree, different things are tried. A candidate is rolled out once 
 many can be tried in the same time.
 
 Not every task goes at HalfCheetah's pace, 50 ms a step. Where a step takes less than 20 ms (Hopper, Walker2d, Humanoid)
-the defaults are --horizon 20, --noise-beta 1 and --gamma 0.992: plans of more steps, noise that is slow enough to move
-a body, and a V that looks about as many seconds ahead. Where an episode has at most 200 steps (Reacher, Pusher: to get
-somewhere, not to run) they are --horizon 20, --noise-beta 2 and --reset-every None: a hand that moves smoothly, to
-somewhere that is farther than a few steps; and beginnings abound.
+the defaults are --horizon 20, --noise-beta 1, --gamma 0.992 and --reset-every 625: plans of more steps, noise that is
+slow enough to move a body, and a V and episodes of about as many seconds; and --num-values 5, for the plans of a body
+that can fall end where no V has been, and one V alone promises too much there. Where an episode has at most 200 steps
+(Reacher, Pusher: to get somewhere, not to run) they are --horizon 20, --noise-beta 2 and --reset-every None: a hand
+that moves smoothly, to somewhere that is farther than a few steps; and beginnings abound.
 
 The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
 
@@ -179,9 +182,9 @@ Imagine = Callable[[Tensor, Tensor], Tensor]  # obs (B, D), candidates (B, K, H,
 
 @dataclass
 class Args:
-    """Planning in a learned model by CEM. Some defaults depend on the task: --horizon 20, --noise-beta 1 and --gamma
-    0.992 where a step takes less than 20 ms; --horizon 20, --noise-beta 2 and --reset-every None where an episode has
-    at most 200 steps."""
+    """Planning in a learned model by CEM. Some defaults depend on the task: --horizon 20, --noise-beta 1, --gamma
+    0.992, --num-values 5 and --reset-every 625 where a step takes less than 20 ms; --horizon 20, --noise-beta 2 and
+    --reset-every None where an episode has at most 200 steps."""
 
     exp_name: str = "mpc_cem"
     """name of the experiment, part of the run folder's name"""
@@ -304,6 +307,8 @@ class Args:
     """discount factor"""
     terminal_value: bool = True
     """a plan also earns the learned value of the state in which it ends (two layers of hidden_size units)"""
+    num_values: int = 1
+    """values learned side by side; a plan earns the least of them"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
 
@@ -358,7 +363,7 @@ def check_data_paths(data: str | None, save_data: str | None) -> None:
 def check_args(args: Args) -> None:
     one = "num_threads checkpoint_every num_envs ensemble_size num_layers hidden_size train_steps batch_size horizon"
     one += " steps_per_iteration num_iterations eval_episodes interim_episodes num_candidates max_episode_steps"
-    one += " cem_iterations eval_every reset_every"
+    one += " cem_iterations eval_every reset_every num_values"
     other = {"seed": 0, "weight_decay": 0, "input_noise": 0, "noise_beta": 0, "initial_steps": 2, "num_elites": 2}
     check_fields(args, dict.fromkeys(one.split(), 1) | other | {"candidate_decay": 1})
     require(0 < args.cem_alpha <= 1, f"--cem-alpha must lie in (0, 1], got {args.cem_alpha}")
@@ -853,19 +858,20 @@ class Value(nn.Module):
     Kept within what rewards as large or as small as any that was seen would sum to: where an episode was cut short, V
     learns from a state that it never learns about, and could talk itself up. A fresh V is
     noise in units of a reward of 1, whatever they are: where they are far smaller, it takes long to forget that.
+    There are num_values of them, which differ in how they began and in the batches that they saw.
     """
 
     lowest: Tensor
     highest: Tensor
 
-    def __init__(self, model: DynamicsModel, hidden_size: int, activation: str, gamma: float):
+    def __init__(self, model: DynamicsModel, num_values: int, hidden_size: int, activation: str, gamma: float):
         super().__init__()
         self.see, self.gamma = model.inputs, gamma
         num_inputs = model.mlp.weights[0].shape[1] - model.action_dim
         self.input_normaliser, self.reward_normaliser = Normaliser(num_inputs), Normaliser(1)
         self.register_buffer("lowest", torch.zeros(()))
         self.register_buffer("highest", torch.zeros(()))
-        self.mlp = StackedMLP(1, [num_inputs, hidden_size, hidden_size, 1], activation)
+        self.mlp = StackedMLP(num_values, [num_inputs, hidden_size, hidden_size, 1], activation)
         self.slow = copy.deepcopy(self.mlp)  # V̄: its weights are the running mean; targets and plans use this one
 
     def data(self, buffer: ReplayBuffer, fit: bool) -> dict[str, Tensor]:
@@ -889,18 +895,19 @@ class Value(nn.Module):
         self.lowest.copy_(reward.min().clamp(max=0) / (1 - self.gamma))  # an episode that has ended earns 0
         self.highest.copy_(reward.max().clamp(min=0) / (1 - self.gamma))
 
-    def loss(self, obs: Tensor, next_obs: Tensor, reward: Tensor, goes_on: Tensor) -> Tensor:  # (N, ..) each
+    def loss(self, obs: Tensor, next_obs: Tensor, reward: Tensor, goes_on: Tensor) -> Tensor:  # (V, N, ..) each
         with torch.no_grad():
-            target = reward + self.gamma * goes_on * self.inverse(self.slow(next_obs[None])[0])
+            target = reward + self.gamma * goes_on * self.inverse(self.slow(next_obs))
             target = self.reward_normaliser((1 - self.gamma) * target)
-        return (self.mlp(obs[None])[0] - target).square().mean()
+        return (self.mlp(obs) - target).square().mean()
 
     def inverse(self, output: Tensor) -> Tensor:
         return (self.reward_normaliser.inverse(output) / (1 - self.gamma)).clamp(self.lowest, self.highest)
 
     def forward(self, obs: Tensor) -> Tensor:  # (.., D) -> (..)
         x = self.input_normaliser(self.see(obs, obs[..., :0]))
-        return self.inverse(self.slow(x.reshape(1, -1, x.shape[-1]))).reshape(obs.shape[:-1])
+        every = self.inverse(self.slow(x.reshape(1, -1, x.shape[-1]).expand(len(self.slow.weights[0]), -1, -1)))
+        return every.amin(dim=0).reshape(obs.shape[:-1])
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -946,7 +953,7 @@ def check_finite(losses: dict[str, Tensor], model: DynamicsModel, step: int, run
 
 def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], batch_size: int) -> Tensor:
     """One gradient step towards equation 4; the running mean follows. Returns the loss."""
-    index = torch.randint(len(data["obs"]), (batch_size,), device=data["obs"].device)
+    index = torch.randint(len(data["obs"]), (len(value.mlp.weights[0]), batch_size), device=data["obs"].device)
     loss = value.loss(**{name: column[index] for name, column in data.items()})
     optimizer.zero_grad()
     loss.backward()
@@ -1490,7 +1497,7 @@ def suited(env_id: str) -> Args:
     limit = env.spec.max_episode_steps if env.spec else None
     env.close()
     if isinstance(dt, float) and dt < 0.02:
-        args = replace(args, horizon=20, noise_beta=1.0, gamma=0.992)
+        args = replace(args, horizon=20, noise_beta=1.0, gamma=0.992, num_values=5, reset_every=625)
     if limit is not None and limit <= 200:
         args = replace(args, horizon=20, noise_beta=2.0, reset_every=None)
     return args
@@ -1636,7 +1643,9 @@ def main(args: Args) -> dict[str, float]:
     )  # fmt: skip
     model = make_model(ensemble_size=args.ensemble_size).to(device)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
-    value = Value(model, args.hidden_size, args.activation, args.gamma).to(device) if args.terminal_value else None
+    value = None
+    if args.terminal_value:
+        value = Value(model, args.num_values, args.hidden_size, args.activation, args.gamma).to(device)
     value_optimizer = torch.optim.Adam(value.mlp.parameters(), args.learning_rate) if value else None
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)

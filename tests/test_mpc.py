@@ -443,11 +443,11 @@ def test_true_dynamics_predict_what_the_simulator_does():
 # ------------------------------------------------------------------------------------------- the value of a plan's end
 
 
-def filled_value(steps: int = 0) -> tuple[cem.Value, cem.ReplayBuffer]:
+def filled_value(steps: int = 0, num_values: int = 1) -> tuple[cem.Value, cem.ReplayBuffer]:
     """A corridor 0, 1, 2, 3: each step pays 5 plus the place that it leaves; the one from 3 ends it."""
     torch.manual_seed(0)
     model = cem.Ensemble(1, 1, 2, 1, 8, "tanh", False, 0)
-    value = cem.Value(model, 16, "tanh", gamma=0.8)
+    value = cem.Value(model, num_values, 16, "tanh", gamma=0.8)
     buffer = cem.ReplayBuffer(40, 1, 1, torch.device("cpu"))
     place = np.tile(np.arange(4.0), 10)
     buffer.add(
@@ -466,6 +466,31 @@ def test_the_value_becomes_the_discounted_sum_of_what_follows():
     expected = [5 + 0.8 * (6 + 0.8 * (7 + 0.8 * 8)), 6 + 0.8 * (7 + 0.8 * 8), 7 + 0.8 * 8, 8.0]
     found = value(torch.arange(4.0).view(2, 2, 1))  # any leading shape
     torch.testing.assert_close(found, torch.tensor(expected).view(2, 2), atol=0.15, rtol=0)
+
+
+def test_of_several_values_each_learns_by_itself_and_the_least_counts():
+    value, buffer = filled_value(steps=100, num_values=3)
+    places = torch.linspace(-4, 8, 25)[:, None]  # most of them were never seen
+    alone = []
+    for v in range(3):
+        one, _ = filled_value()
+        one.data(buffer, fit=True)
+        one.load_state_dict(
+            {name: t[v : v + 1] if name.startswith(("mlp", "slow")) else t for name, t in value.state_dict().items()}
+        )
+        alone.append(one(places))
+    assert len({member.argmin().item() for member in torch.stack(alone, dim=1)}) > 1, "each is the least somewhere"
+    torch.testing.assert_close(value(places), torch.stack(alone).amin(dim=0))
+
+    other = value.state_dict()
+    before = {name: tensor.clone() for name, tensor in other.items()}
+    with torch.no_grad():
+        value.slow.biases[-1][1] += 7  # what the second promises concerns the targets of the second alone
+    data = {name: column.expand(3, -1, -1) for name, column in value.data(buffer, fit=False).items()}
+    value.loss(**data).backward()
+    moved = [value.mlp.biases[-1].grad[v].abs().item() for v in range(3)]
+    assert moved[1] > 10 * max(moved[0], moved[2]), moved
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.items() if name.startswith("mlp"))
 
 
 def test_one_step_of_the_value_moves_its_network_and_its_running_mean_a_little():
@@ -658,12 +683,13 @@ def test_defaults_suit_the_task_and_flags_come_first():
     }
     usual = cem.Args(env_id="")
     assert usual.reset_every and found["HalfCheetah-v5"] == found["Endless-v0"] == usual
-    short_steps = dataclasses.replace(usual, horizon=20, noise_beta=1.0, gamma=0.992)
+    short_steps = dataclasses.replace(usual, horizon=20, noise_beta=1.0, gamma=0.992, num_values=5, reset_every=625)
     assert found["Hopper-v5"] == found["envs:PostureCheetah-v0"] == short_steps
     slow = dataclasses.replace(usual, horizon=20, noise_beta=2.0, reset_every=None)
     assert found["Pusher-v5"] == found["Pendulum-v1"] == slow
     words = "--env-id Hopper-v5 --horizon 7 --noise-beta 0.5 --gamma 0.9"
-    assert cem.parse_args(words.split()) == cem.Args(env_id="Hopper-v5", horizon=7, noise_beta=0.5, gamma=0.9)
+    own = cem.Args(env_id="Hopper-v5", horizon=7, noise_beta=0.5, gamma=0.9, num_values=5, reset_every=625)
+    assert cem.parse_args(words.split()) == own
     assert cem.parse_args(["--env-id", "Pusher-v5", "--reset-every", "30"]).reset_every == 30
 
 
@@ -683,7 +709,7 @@ def test_what_was_not_learned_is_not_planned_with(tmp_path, capsys):
 
 
 def test_a_value_that_has_diverged_is_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(cem.Value, "loss", lambda self, **data: self.mlp(data["obs"][None]).mean() * torch.nan)
+    monkeypatch.setattr(cem.Value, "loss", lambda self, **data: self.mlp(data["obs"]).mean() * torch.nan)
     with pytest.raises(SystemExit, match="non-finite"):
         cem.main(tiny(cem, tmp_path))
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))

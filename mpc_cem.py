@@ -856,9 +856,8 @@ class Value(nn.Module):
     """V(s) of equation 4, as V = (mean + std · network(normalised s)) / (1 - γ) with the reward's mean and std.
 
     Kept within what rewards as large or as small as any that was seen would sum to: where an episode was cut short, V
-    learns from a state that it never learns about, and could talk itself up. A fresh V is
-    noise in units of a reward of 1, whatever they are: where they are far smaller, it takes long to forget that.
-    There are num_values of them, which differ in how they began and in the batches that they saw.
+    learns from a state that it never learns about, and could talk itself up. There are num_values of them, which differ
+    in how they began and in the batches that they saw.
     """
 
     lowest: Tensor
@@ -886,9 +885,11 @@ class Value(nn.Module):
 
     @torch.no_grad()
     def fit_rewards(self, reward: Tensor) -> None:
-        """New units for the same rewards: the last layers are rescaled with them."""
+        """New units for the same rewards: the last layers are rescaled with them, so that V stays what it was."""
         mean, std = self.reward_normaliser.mean.clone(), self.reward_normaliser.std.clone()
         self.reward_normaliser.fit(reward)
+        if torch.equal(self.lowest, self.highest):  # V has seen nothing yet: it begins near 0 as the rewards measure it
+            std = self.reward_normaliser.std
         for net in (self.mlp, self.slow):
             net.weights[-1] *= std / self.reward_normaliser.std
             net.biases[-1].copy_(self.reward_normaliser(net.biases[-1] * std + mean))
@@ -1490,16 +1491,16 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def suited(env_id: str) -> Args:
+def suited(env_id: str, max_episode_steps: int | None) -> Args:
     """The defaults for a task: those of the class suit steps of 50 ms and episodes of 1,000 of them."""
     args, env = Args(env_id=env_id), make_env(env_id)
     dt = getattr(env.unwrapped, "dt", None)  # seconds of a step, in MuJoCo's tasks
-    limit = env.spec.max_episode_steps if env.spec else None
+    limit = max_episode_steps or (env.spec.max_episode_steps if env.spec else None)
     env.close()
     if isinstance(dt, float) and dt < 0.02:
         args = replace(args, horizon=20, noise_beta=1.0, gamma=0.992, num_values=5, reset_every=625)
-    if limit is not None and limit <= 200:
-        args = replace(args, horizon=20, noise_beta=2.0, reset_every=None)
+    if limit is not None and 0 < limit <= 200:
+        args = replace(args, horizon=min(20, limit), noise_beta=2.0, reset_every=None)
     return args
 
 
@@ -1508,7 +1509,7 @@ def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=suited(args.env_id))
+        return tyro.cli(Args, args=command_line, default=suited(args.env_id, args.max_episode_steps))
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
@@ -1661,7 +1662,8 @@ def main(args: Args) -> dict[str, float]:
 
     def choose_members(episode: np.ndarray) -> None:
         if own_members:
-            member = episode // args.num_envs + np.arange(args.num_envs)  # for environment i of an episode of its own
+            first = np.arange(args.num_envs)  # environment i's episodes: i, i + num_envs, .. (later with --data)
+            member = (episode - first) // args.num_envs + first
             take_members(mine, fast, torch.from_numpy(member % args.ensemble_size).to(device))
 
     def make_planner(envs: VectorEnv, own: bool = False) -> Planner:

@@ -443,7 +443,7 @@ def test_true_dynamics_predict_what_the_simulator_does():
 # ------------------------------------------------------------------------------------------- the value of a plan's end
 
 
-def filled_value(steps: int = 0, num_values: int = 1) -> tuple[cem.Value, cem.ReplayBuffer]:
+def filled_value(steps: int = 0, num_values: int = 1, unit: float = 1.0) -> tuple[cem.Value, cem.ReplayBuffer]:
     """A corridor 0, 1, 2, 3: each step pays 5 plus the place that it leaves; the one from 3 ends it."""
     torch.manual_seed(0)
     model = cem.Ensemble(1, 1, 2, 1, 8, "tanh", False, 0)
@@ -451,7 +451,7 @@ def filled_value(steps: int = 0, num_values: int = 1) -> tuple[cem.Value, cem.Re
     buffer = cem.ReplayBuffer(40, 1, 1, torch.device("cpu"))
     place = np.tile(np.arange(4.0), 10)
     buffer.add(
-        obs=place[:, None], action=0 * place[:, None], next_obs=place[:, None] + 1, reward=5 + place,
+        obs=place[:, None], action=0 * place[:, None], next_obs=place[:, None] + 1, reward=unit * (5 + place),
         terminated=place == 3, episode=np.repeat(np.arange(10), 4),
     )  # fmt: skip
     optimizer = torch.optim.Adam(value.parameters(), 1e-2)
@@ -466,6 +466,16 @@ def test_the_value_becomes_the_discounted_sum_of_what_follows():
     expected = [5 + 0.8 * (6 + 0.8 * (7 + 0.8 * 8)), 6 + 0.8 * (7 + 0.8 * 8), 7 + 0.8 * 8, 8.0]
     found = value(torch.arange(4.0).view(2, 2, 1))  # any leading shape
     torch.testing.assert_close(found, torch.tensor(expected).view(2, 2), atol=0.15, rtol=0)
+
+
+def test_values_learn_as_fast_whatever_the_unit_of_the_reward():
+    places = torch.arange(4.0)[:, None]
+    usual, _ = filled_value(steps=200)
+    for unit in (1e-3, 1e3):
+        value, _ = filled_value(steps=200, unit=unit)
+        torch.testing.assert_close(value(places) / unit, usual(places), rtol=1e-3, atol=0)
+    fresh, buffer = filled_value()
+    assert fresh(places).abs().max() < buffer.reward.max(), "a V that has seen nothing promises next to nothing"
 
 
 def test_of_several_values_each_learns_by_itself_and_the_least_counts():
@@ -691,6 +701,8 @@ def test_defaults_suit_the_task_and_flags_come_first():
     own = cem.Args(env_id="Hopper-v5", horizon=7, noise_beta=0.5, gamma=0.9, num_values=5, reset_every=625)
     assert cem.parse_args(words.split()) == own
     assert cem.parse_args(["--env-id", "Pusher-v5", "--reset-every", "30"]).reset_every == 30
+    cut = cem.parse_args(["--env-id", "HalfCheetah-v5", "--max-episode-steps", "12"])
+    assert cut == dataclasses.replace(slow, env_id="HalfCheetah-v5", horizon=12, max_episode_steps=12)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -738,6 +750,18 @@ def test_each_episode_is_collected_with_a_member_of_its_own(tmp_path, monkeypatc
     asked.clear()
     cem.main(dataclasses.replace(args, thompson=False, seed=2))
     assert asked == [(False, 20)] * 40
+
+
+def test_with_data_environments_still_collect_with_members_of_their_own(tmp_path, monkeypatch):
+    """The data's episodes are not a multiple of the environments."""
+    saved = str(tmp_path / "data.pt")
+    run(cem, tiny(cem, tmp_path, num_iterations=1, save_data=saved))
+    data = torch.load(saved, weights_only=True)
+    torch.save({**data, "episode": torch.full_like(data["episode"], 22)}, saved)
+    members, take = [], cem.take_members
+    monkeypatch.setattr(cem, "take_members", lambda *given: members.append(given[2].tolist()) or take(*given))
+    run(cem, tiny(cem, tmp_path, num_envs=3, ensemble_size=3, data=saved, seed=2))
+    assert members and all(sorted(mine) == [0, 1, 2] for mine in members[:1])
 
 
 def test_bounded_samples_are_of_a_gaussian_that_is_cut_off():

@@ -425,9 +425,7 @@ class VectorEnv:
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
         self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
-        self.action_space = copy.deepcopy(
-            self.envs[0].action_space
-        )  # a class may share one space over all its instances
+        self.action_space = copy.deepcopy(self.envs[0].action_space)  # a class may share one over all its instances
         self.action_space.seed(seed)
         self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
         self.episode = np.arange(num_envs)  # which episode each is in; environment i counts i, i + num_envs, ..
@@ -1206,7 +1204,8 @@ class Checkpointer:
     def leave(self) -> None:
         """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
         if self.signal:
-            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
+            again = " --eval-only" if (self.run_dir / "result.json").exists() else ""  # it had finished
+            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}{again}", file=sys.stderr)
             sys.exit(128 + self.signal)
 
 

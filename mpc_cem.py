@@ -125,7 +125,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised (equation 2), mean over the steps whose horizon was lived
+    eval/predicted_return       what the last elites (with --execute best: the best of them) promised (equation 2), mean
+                                over the steps whose horizon was lived
     eval/realised_return        what the environment paid over the same horizons, and the value of where that led; below
                                 the promise: the model or V is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
@@ -273,7 +274,7 @@ class Args:
     horizon: int = 10
     """steps planned ahead"""
     num_candidates: int = 100
-    """action sequences tried at each step (and in each iteration of CEM)"""
+    """action sequences tried at each step (CEM: in its first iteration, and then what a decay leaves of them)"""
     cem_iterations: int = 4
     """iterations of CEM at each step"""
     num_elites: int = 10
@@ -299,8 +300,8 @@ class Args:
     execute: Literal["mean", "best"] = "mean"
     """execute the first action of the final mean or of the best sequence"""
     thompson: bool = True
-    """collect with one member for each environment, another in its next episode, and ensemble_size times as many
-    candidates; evaluations plan with all members"""
+    """collect with one member for each environment, another in its next episode, and with more candidates (times
+    ensemble_size); evaluations plan with all members"""
     true_dynamics: bool = False
     """plan with the simulator itself instead of the model: tells a bad planner from a bad model"""
     gamma: float = 0.95
@@ -504,9 +505,7 @@ class VectorEnv:
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
         self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
-        self.action_space = copy.deepcopy(
-            self.envs[0].action_space
-        )  # a class may share one space over all its instances
+        self.action_space = copy.deepcopy(self.envs[0].action_space)  # a class may share one over all its instances
         self.action_space.seed(seed)
         self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
         self.episode = np.arange(num_envs)  # which episode each is in; environment i counts i, i + num_envs, ..
@@ -1431,7 +1430,8 @@ class Checkpointer:
     def leave(self) -> None:
         """Go if a signal asked for it; for stretches that a resumed run begins anew (an evaluation)."""
         if self.signal:
-            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}", file=sys.stderr)
+            again = " --eval-only" if (self.run_dir / "result.json").exists() else ""  # it had finished
+            print(f"\nstopped; continue with: python {sys.argv[0]} --resume {self.run_dir}{again}", file=sys.stderr)
             sys.exit(128 + self.signal)
 
 

@@ -829,6 +829,19 @@ def test_stopped_while_evaluating_or_acting_and_resumed_equals_never_stopped(scr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_an_evaluation_that_was_stopped_names_the_command_that_repeats_it(script, tmp_path, monkeypatch, capsys):
+    _, run_dir = run(script, tiny(script, tmp_path, num_iterations=1))
+    act = script.Planner.__call__
+    monkeypatch.setattr(script.Planner, "__call__", lambda *a: signal.raise_signal(signal.SIGINT) or act(*a))
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args(["--resume", str(run_dir), "--eval-only"]))
+    assert capsys.readouterr().err.rstrip().endswith(f"--resume {run_dir} --eval-only")
+    with pytest.raises(SystemExit):
+        script.main(tiny(script, tmp_path / "first"))
+    assert capsys.readouterr().err.rstrip().endswith(f"--resume {next((tmp_path / 'first').glob('runs/*'))}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_evaluations_come_every_so_many_steps_and_at_the_end(script, tmp_path):
     _, run_dir = run(script, tiny(script, tmp_path, num_iterations=6, eval_every=50, train_steps=1))
     evaluated = [int(step) for step, tag, _ in logged(run_dir) if tag == "eval/episodic_return"]

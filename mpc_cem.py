@@ -110,7 +110,7 @@ Usage:
 
 What to expect of the first command: a return of 4,600 after 10,000 environment steps, 5,600 after 20,000 and 6,600
 after 50,000, in 75 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
--163 after 7,000 steps and 5 minutes (seed 1; commits 3cab966 and 71f8e16, and ed17456). The returns of the first
+-162 after 7,000 steps and 7 minutes (seed 1; commits 3cab966 and 71f8e16, and 44e8d92). The returns of the first
 command and those of the cheetah with steps of 10 ms are of before elites counted as drawn.
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`

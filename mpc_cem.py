@@ -1008,6 +1008,12 @@ def take_members(mine: DynamicsModel, model: DynamicsModel, members: Tensor) -> 
         weight.copy_(source[members])
 
 
+def own_member(episode: np.ndarray, ensemble_size: int) -> Tensor:
+    """Each environment its own, another one in its next episode (those of i: i, i + num_envs, ..; later with --data)."""
+    first = np.arange(len(episode))
+    return torch.from_numpy(((episode - first) // len(episode) + first) % ensemble_size)
+
+
 def rank_last(returns: Tensor) -> Tensor:
     """A model can blow up far from its data; what it then promises (NaN, infinity) must not win."""
     return torch.where(returns.isfinite(), returns, -torch.inf)
@@ -1662,9 +1668,7 @@ def main(args: Args) -> dict[str, float]:
 
     def choose_members(episode: np.ndarray) -> None:
         if own_members:
-            first = np.arange(args.num_envs)  # environment i's episodes: i, i + num_envs, .. (later with --data)
-            member = (episode - first) // args.num_envs + first
-            take_members(mine, fast, torch.from_numpy(member % args.ensemble_size).to(device))
+            take_members(mine, fast, own_member(episode, args.ensemble_size).to(device))
 
     def make_planner(envs: VectorEnv, own: bool = False) -> Planner:
         imagine: Imagine = partial(imagined_returns, mine if own else fast, formulas, args.gamma, value=value, own=own)
@@ -1707,9 +1711,8 @@ def main(args: Args) -> dict[str, float]:
                     args, make_planner, episodes, device, video, checkpointer.leave, value
                 )
                 log.scalars(progress["metrics"], buffer.size)
-                print(
-                    f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True
-                )
+                found = describe(progress["metrics"], returns)
+                print(f"iteration {iteration}, {buffer.size} steps: {found}", flush=True)
                 progress["evaluated"] = True
                 checkpointer.save()
             if last:

@@ -1009,7 +1009,7 @@ def take_members(mine: DynamicsModel, model: DynamicsModel, members: Tensor) -> 
 
 
 def own_member(episode: np.ndarray, ensemble_size: int) -> Tensor:
-    """Each environment its own, another one in its next episode (those of i: i, i + num_envs, ..; later with --data)."""
+    """Each environment its own, another one in its next episode (those of i: i, i + num_envs, ..; later with data)."""
     first = np.arange(len(episode))
     return torch.from_numpy(((episode - first) // len(episode) + first) % ensemble_size)
 

@@ -492,15 +492,12 @@ def test_of_several_values_each_learns_by_itself_and_the_least_counts():
     assert len({member.argmin().item() for member in torch.stack(alone, dim=1)}) > 1, "each is the least somewhere"
     torch.testing.assert_close(value(places), torch.stack(alone).amin(dim=0))
 
-    other = value.state_dict()
-    before = {name: tensor.clone() for name, tensor in other.items()}
     with torch.no_grad():
         value.slow.biases[-1][1] += 7  # what the second promises concerns the targets of the second alone
     data = {name: column.expand(3, -1, -1) for name, column in value.data(buffer, fit=False).items()}
     value.loss(**data).backward()
     moved = [value.mlp.biases[-1].grad[v].abs().item() for v in range(3)]
     assert moved[1] > 10 * max(moved[0], moved[2]), moved
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.items() if name.startswith("mlp"))
 
 
 def test_one_step_of_the_value_moves_its_network_and_its_running_mean_a_little():

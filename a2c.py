@@ -20,11 +20,12 @@ better than expected, by as much as their advantage A says:
     δ_t = r_t + γ (1 - terminated_t) V(s_t+1) - V(s_t),   A_t = δ_t + γ λ (1 - done_t) A_t+1                        (2)
     critic: (V(s_t) - (A_t + V(s_t)))² with the second V held fixed                                                 (3)
 
-Equation 2 is generalised advantage estimation (GAE): λ = 0 trusts the critic, λ = 1 what was really earned, which is
-right on average and noisy. Done is terminated or truncated: at a time limit the episode ends here and goes on for the
-critic. The end of a batch is such an end, too. `--gae-lambda None` leaves the return instead: what came after the
-action (`--reward-to-go`) or all of it from the first step of the batch or episode on (`--no-reward-to-go`), minus V or
-not (`--no-use-baseline`; the return then ends with the batch, which should hold whole episodes).
+Equation 2 is generalised advantage estimation (GAE): λ = 0 trusts the critic, λ = 1 what was really earned up to the
+end of the episode or batch, which is noisier. Done is terminated or truncated: at a time limit the episode ends here
+and goes on for the critic. The end of a batch is such an end, too. `--gae-lambda None` is λ = 1, the return minus V, of
+which two parts can be left out: V (`--no-use-baseline`; the return then ends with the batch, which should hold whole
+episodes), and that an action answers only for what comes after it (`--no-reward-to-go`: it answers for all that was
+earned from the first step of the batch or episode on).
 
 Pseudocode:
 
@@ -47,7 +48,8 @@ Usage:
 
     python a2c.py --env-id HalfCheetah-v5
     python a2c.py --env-id Ant-v5 --total-timesteps 1_000_000 --save-policy ant.pt      # `load_policy` reads it
-    python a2c.py --env-id Pendulum-v1 --gae-lambda None --no-use-baseline --batch-size 3_200 --no-anneal   # REINFORCE
+    python a2c.py --env-id Pendulum-v1 --gae-lambda None --no-use-baseline --no-normalize-advantages \
+        --batch-size 3_200 --no-anneal                         # REINFORCE
     python a2c.py --resume RUN_DIR                             # go on exactly where it stopped
     python a2c.py --resume RUN_DIR --eval-only                 # the evaluation of that run again
 
@@ -59,7 +61,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return        mean return of the evaluation episodes, acting by the policy's mean
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    losses/policy_loss          equation 1's loss, of the last batch, as are the following
+    losses/policy_loss          equation 1's loss minus the entropy's bonus, of the last batch, as are the following
     losses/value_loss           equation 3 before its gradient steps, in units of the scaled rewards (with a baseline)
     losses/entropy              of the policy, in nats
     losses/explained_variance   1 - var(target - V) / var(target); 1: the critic knows it all (with a baseline)
@@ -68,8 +70,10 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_updates          in advantages and gradient steps
     time/share_other            in evaluation, logging and checkpoints
 
-Deviations: Adam instead of a shared RMSprop, larger batches, several steps of the critic, no entropy bonus; the means
-and spreads of observations change between batches, not within them, so that a batch is trained on as it was seen.
+Deviations: GAE instead of n-step returns, standardised advantages, observations and rewards, Adam instead of a shared
+RMSprop, larger batches (total_timesteps is rounded up to whole ones), several steps of the critic, no entropy bonus;
+the means and spreads of observations change between batches, not within them, so that a batch is trained on as it was
+seen.
 
 Papers: Mnih et al. 2016, A3C, arXiv 1602.01783 (A2C is its synchronous form); Schulman et al. 2016, GAE, arXiv
 1506.02438 (equation 2: its 11 to 16); Sutton et al. 1999 (equation 1); Andrychowicz et al. 2021, what matters in
@@ -176,9 +180,9 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float | None = 0.95
-    """λ of equation 2; None: advantages are returns"""
+    """λ of equation 2; None: 1, with which the next two may be switched off"""
     reward_to_go: bool = True
-    """returns count from the action on, not from the first step; for --gae-lambda None"""
+    """an action answers for what was earned from it on, not from the first step of the batch or episode on"""
     use_baseline: bool = True
     """learn V and subtract it"""
     baseline_steps: int = 20
@@ -554,7 +558,7 @@ def advantages(
     Without a baseline the values are zeros.
     """
     goes_on = gamma * (~terminated) * next_value
-    # With λ = 1 equation 2 is the discounted return minus V.
+    # With λ = 1 equation 2 is the discounted return minus V; where the batch ends before the episode, V stands for it.
     lam = 1.0 if gae_lambda is None else gae_lambda
     delta, ahead = reward + goes_on - value, torch.zeros_like(reward[0])
     advantage = torch.empty_like(reward)
@@ -563,9 +567,10 @@ def advantages(
         advantage[t] = ahead
     target = advantage + value
     if not reward_to_go:  # every step gets the return of its episode's first step in the batch
+        whole = target.clone()
         for t in range(1, len(reward)):
-            target[t] = torch.where(done[t - 1], target[t], target[t - 1])
-        advantage = target - value
+            whole[t] = torch.where(done[t - 1], target[t], whole[t - 1])
+        advantage = whole - value
     return advantage, target
 
 
@@ -628,7 +633,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -764,6 +770,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -870,14 +877,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # Differs: a policy needs its means and spreads, and is made anew from its sizes
@@ -889,6 +896,7 @@ def save_policy(path: Path, args: Args, agent: ActorCritic, metrics: dict[str, f
     save_file(path, contents | {"metrics": metrics, "max_episode_steps": args.max_episode_steps})
 
 
+# Differs: its policy
 def load_policy(path: str) -> GaussianPolicy:
     """What --save-policy wrote: `load_policy("ant.pt").mode(torch.as_tensor(obs)[None])[0].numpy()` acts."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -901,9 +909,9 @@ def load_policy(path: str) -> GaussianPolicy:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def passes(every: int, step: int, num_envs: int) -> bool:
-    """Has a multiple of `every` been reached by the last step, of num_envs transitions?"""
-    return step // every > (step - num_envs) // every
+def passes(every: int, step: int, taken: int) -> bool:
+    """Has a multiple of `every` been reached by the last `taken` steps?"""
+    return step // every > (step - taken) // every
 
 
 def prepare_torch(args: Args) -> torch.device:

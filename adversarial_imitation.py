@@ -753,6 +753,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
     except (AttributeError, KeyError, RuntimeError) as error:
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
     check_data(actor.state_dict(), f"--expert {path}")
+    least, most = actor.action_bias - actor.action_scale, actor.action_bias + actor.action_scale
+    beyond = torch.maximum(low.cpu() - least, most - high.cpu()).max().item()
+    fits = beyond <= 1e-3 * (high - low).max().item()
+    require(fits, f"--expert {path} exceeds the bounds of {env_id}'s actions by up to {beyond:.3g}: another scale?")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -1038,7 +1042,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -1174,6 +1179,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -1281,14 +1287,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1317,9 +1323,9 @@ def save_policy(path: Path, args: Args, agent: Agent, metrics: dict[str, float])
     save_file(path, contents | {"max_episode_steps": args.max_episode_steps})
 
 
-def passes(every: int, step: int, num_envs: int) -> bool:
-    """Has a multiple of `every` been reached by the last step, of num_envs transitions?"""
-    return step // every > (step - num_envs) // every
+def passes(every: int, step: int, taken: int) -> bool:
+    """Has a multiple of `every` been reached by the last `taken` steps?"""
+    return step // every > (step - taken) // every
 
 
 @torch.no_grad()
@@ -1357,7 +1363,8 @@ def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) ->
     checkpointer.restore(checkpoint)
     step = checkpointer.progress["step"]
     few = f"--total-timesteps {args.total_timesteps}: {checkpointer.run_dir} has had {step}"
-    require(step < args.total_timesteps + args.num_envs, few)
+    as_before = args.total_timesteps == load_args(str(checkpointer.run_dir)).total_timesteps
+    require(step < args.total_timesteps or as_before, few)
 
 
 def prepare_torch(args: Args) -> torch.device:
@@ -1414,7 +1421,7 @@ def main(args: Args) -> dict[str, float]:
             rows = interact(agent.actor, envs, skip, device, random=progress["step"] < args.initial_steps)
             buffer.add(**rows)
             progress["step"] = step = progress["step"] + args.num_envs
-            due = partial(passes, step=step, num_envs=args.num_envs)
+            due = partial(passes, step=step, taken=args.num_envs)
             if envs.finished:
                 absorption.lengths.extend(length for _, length in envs.finished)
                 mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()

@@ -21,15 +21,17 @@ may be a bad one. With x the standardised observation and u the action scaled to
     gaussian        u = tanh(z),  z ~ N(μ(x), σ(x)²)             -log N(atanh u) + Σ log(1 - u²)                    (2)
     gmm             u ~ Σ_k w_k(x) N(μ_k(x), σ_k(x)²)            -log Σ_k w_k N_k(u)                                (3)
     diffusion       u_T ~ N(0, I), then T steps of denoising     Σ (û(x, √ᾱ_t u + √(1-ᾱ_t) ε, t) - u)²              (4)
-    autoregressive  u_i ~ one of B bins, given x and u_1..u_i-1  -Σ_i Σ_b share_b(u_i) log p(b | x, u_1 .. u_i-1)   (5)
+    autoregressive  u_i ~ one of B bins, given x and b_1..b_i-1  -Σ_i Σ_b share_b(u_i) log p(b | x, b_1 .. b_i-1)   (5)
 
-share_b(u_i) is 1 at the centre of bin b and falls to 0 at those of its neighbours. f, μ_k and û end in a tanh: experts
-saturate, and a function that is flat there has no need to learn how flat. While training, x is a little blurred
-(--input-noise); what acts and is measured is a running mean of the weights (--ema-decay).
+share_b(u_i) is 1 at the centre of bin b and falls to 0 at those of its neighbours; b_i is a bin drawn by these shares.
+f, μ_k and û end in a tanh: experts saturate, and a function that is flat there has no need to learn how flat. While
+training, x is a little blurred (--input-noise); what acts and is measured is a running mean of the weights
+(--ema-decay).
 
 mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the best guess: f, or
 tanh(μ), or μ_k of the likeliest component, or what some noise is denoised to without adding more (so that diffusion is
-never one point), or the mean of the likeliest bin and its neighbours. With `--sample` it takes a sample.
+never one point), or the mean of the likeliest bin and its neighbours. With `--sample` it takes a sample; those of
+gaussian and gmm may spread wider than the expert, for their σ stays above 0.3 (before the tanh) and 0.1.
 
 All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
 (Ross et al. 2011) asks the expert what it would have done where the policy went:
@@ -51,9 +53,11 @@ Usage:
     python bc_variants.py --resume RUN_DIR --eval-only         # the evaluation of that run again
 
 An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
-that begins with one). `--data` is a file written by --save-data of the other scripts, or a dict of `observations` (N,
-D), `actions` (N, A), tensors or arrays, and `mean_reward` (the expert's return, a number; without it --expert is asked
-to play ten episodes); all of it is used, whatever --num-episodes is. Without an expert to ask there is no DAgger.
+that begins with one; it does not say of which environment: see whether "the expert earns" what it should). `--data` is
+a file written by --save-data of the other scripts, all of whose actions count as the expert's, or a dict of
+`observations` (N, D), `actions` (N, A), if you like `episode` (N,), whole numbers, and `mean_reward` (the expert's
+return; without it --expert is asked to play ten episodes), tensors or arrays. All of it is used, whatever
+--num-episodes is. Without an expert to ask there is no DAgger.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
 
@@ -62,17 +66,21 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     eval/episodic_length        their mean length
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
-    losses/train_loss           equation 1 to 5 on as many training transitions as are held out
-    losses/holdout_loss         the same on held-out episodes
-    losses/action_error         mean absolute difference to the expert's action there, in half-ranges, of what is done
+    losses/train_loss           equation 1 to 5 on 10,000 training transitions at most; no two variants' losses compare
+    losses/holdout_loss         the same on held-out transitions. Where --stop-after ends a fit, the last losses are
+                                those that ended it, and the returns those of the weights that it goes back to
+    losses/action_error         mean of |what the policy does - the expert's action| there, in half-ranges
     charts/SPS                  gradient steps per second, the first ten left out
     charts/transitions          transitions in the data
     time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once
 
-Papers: Song et al. 2021, DDIM, arXiv 2010.02502 (denoising without added noise); Pomerleau 1989 (cloning); Bishop 1994
-(mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239 (equation 4, here predicting the clean action instead
-of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the cosine schedule); Chi et al. 2023, diffusion policy,
-arXiv 2303.04137; Metz et al. 2017, arXiv 1705.05035 (equation 5); Ross, Gordon and Bagnell 2011, DAgger, arXiv
+Deviations: the expert always acts by its best guess; observations are standardised by the first round's training data
+in all rounds of DAgger; Adam goes on from one round to the next; --weight-decay decays biases, too.
+
+Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
+(equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
+cosine schedule); Song et al. 2021, DDIM, arXiv 2010.02502 (denoising without added noise); Chi et al. 2023, diffusion
+policy, arXiv 2303.04137; Metz et al. 2017, arXiv 1705.05035 (equation 5); Ross, Gordon and Bagnell 2011, DAgger, arXiv
 1011.0686.
 """
 
@@ -173,7 +181,7 @@ class Args:
     denoising_steps: int = 10
     """steps T of diffusion"""
     num_bins: int = 20
-    """bins B of each action dimension of autoregressive; modes closer than two of them are one"""
+    """bins B of each action dimension of autoregressive; modes closer than two bins are one"""
     sample: bool = False
     """act by samples in evaluation and DAgger instead of the best guess; mse has none to offer"""
 
@@ -256,19 +264,25 @@ def check_args(args: Args) -> None:
     no_expert = "--dagger-rounds needs an expert to ask: give --expert FILE (recorded data cannot answer)"
     recorded = args.data is not None or args.minari_id is not None
     require(not (args.dagger_rounds and recorded and args.expert is None), no_expert)
+    require(not (args.sample and args.variant == "mse"), "--sample: mse is a point, there is nothing to sample")
     if args.resume is None and (args.expert is not None or not recorded):
-        how = f"python mbpo_sac.py --env-id {args.env_id} --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000"
-        how += f" --save-policy {expert_path(args)}"
-        folder = Path(expert_path(args)).parent
-        how = how if folder.is_dir() else f"mkdir -p {folder} && {how}"
         make_env(args.env_id).close()  # a misspelt id has no expert, either
-        require(Path(expert_path(args)).is_file(), f"--expert {expert_path(args)}: no such file; make it with: {how}")
+        check_expert(args)
     if args.minari_id is not None and args.resume is None:
         fine = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.minari_id) is not None
         require(fine, f"--minari-id {args.minari_id}: an id looks like mujoco/halfcheetah/expert-v0")
         require_package("minari", "--minari-id")
     if args.capture_video:
         check_video(args.env_id)
+
+
+def check_expert(args: Args) -> None:
+    path = Path(expert_path(args))
+    how = f"python mbpo_sac.py --env-id {args.env_id} --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000"
+    how += f" --save-policy {path}"
+    how = how if path.parent.is_dir() else f"mkdir -p {path.parent} && {how}"
+    ways = f"; give --expert FILE, or --data or --minari-id, or make it with: {how}"
+    require(path.is_file(), f"no expert in {path}" + (ways if args.expert is None else ""))
 
 
 def expert_path(args: Args) -> str:
@@ -464,18 +478,16 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
     """Row numbers of the training and the held-out transitions, each in order of episode and time.
 
     Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
-    memory, not generalisation. With one episode only, its last part is held out.
+    memory, not generalisation. Where even one is more than was asked for, its last part is held out.
     """
     order = torch.sort(episode, stable=True).indices
     episodes, counts = episode.unique(return_counts=True)
-    if len(episodes) == 1:
-        cut = min(max(round(len(order) * (1 - holdout_ratio)), 1), len(order) - 1)
-        return order[:cut], order[cut:]
     shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
     chosen = counts[shuffled].cumsum(0) <= holdout_ratio * len(episode)
-    if not chosen.any():  # every episode is longer than that: the shortest one has to do
-        chosen[counts[shuffled].argmin()] = True
     held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
+    if not chosen.any():
+        held_out = episode[order] == episodes[shuffled[0]]
+        held_out &= held_out.cumsum(0) > counts[shuffled[0]] - max(int(holdout_ratio * len(episode)), 1)
     return order[~held_out], order[held_out]
 
 
@@ -487,6 +499,13 @@ def load_data_file(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def whole_return(reward: Tensor, terminated: Tensor, episode: Tensor) -> float:
+    """Mean return of the episodes that ended, or lasted as long as any: the others were cut short while collecting."""
+    number, counts = episode.unique(return_inverse=True, return_counts=True)[1:]
+    returns, ended = (torch.zeros(len(counts)).index_add(0, number, column.float()) for column in (reward, terminated))
+    return returns[(ended > 0) | (counts == counts.max())].mean().item()
+
+
 def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
     """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
     try:
@@ -496,7 +515,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
             torch.as_tensor(data[name]) for name in (("obs", "action") if ours else ("observations", "actions"))
         )
         source = data["env_id"] if ours else data.get("env_id", env_id)
-        episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
+        episode = torch.as_tensor(data.get("episode", np.zeros(len(obs), np.int64)))
+        ended = torch.as_tensor(data["terminated"]) if ours else torch.zeros(len(obs))
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data.get("mean_reward", "nan"))])
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--data {path} holds neither --save-data's columns nor observations and actions: {error}")
@@ -506,12 +526,13 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     fits = obs.shape[1] == obs_dim and action.shape == (len(obs), action_dim)
     shapes = f"{tuple(obs.shape)} and {tuple(action.shape)}"
     require(fits, f"--data {path}: observations and actions are {shapes}, not (N, {obs_dim}) and (N, {action_dim})")
-    whole = episode.shape == (len(obs),) and (reward.shape == (len(obs),) or not ours)
-    require(whole, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
+    each = episode.shape == ended.shape == (len(obs),) and (reward.shape == (len(obs),) or not ours)
+    require(each, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
     require(not episode.is_floating_point(), f"--data {path}: episodes must be numbered by integers")
     named = {"observations": obs, "actions": action} | ({"rewards": reward} if ours else {})
     check_data(named, f"--data {path}")
-    return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()))
+    expert_return = whole_return(reward, ended, episode) if ours else reward.item()
+    return Demonstrations(obs, action, episode, expert_return)
 
 
 def from_minari(name: str, episodes: int, env_id: str, obs_dim: int, action_dim: int) -> Demonstrations:
@@ -696,8 +717,8 @@ class MSE(Policy):
 class Gaussian(Policy):
     """Equation 2: SAC's squashed Gaussian. atanh(1) is infinite, so u is kept a hundredth away from the bounds.
 
-    And the spread is no narrower than 0.3: with 1e-4 and 1e-3 the likelihood is nearly all about how far beyond the
-    bounds a saturated action lies, and the policy forgets the rest.
+    And σ stays above 0.3. Nearer to the bounds, or with a smaller σ, the likelihood is nearly all about how far beyond
+    the bounds a saturated action lies, and the policy forgets the rest.
     """
 
     LOG_STD = (math.log(0.3), math.log(3.0))
@@ -724,24 +745,23 @@ class Gaussian(Policy):
 
 
 class GMM(Policy):
-    """Equation 3. A least spread keeps the likelihood finite where the expert repeats itself to the digit."""
+    """Equation 3. Where the expert repeats itself to the digit a spread without a least one would shrink to nothing,
+    and the likelihood would be about those places alone."""
 
     LEAST_STD = 0.1
 
     def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
         super().__init__(obs_dim, low, high, args)
         self.components = args.num_components
-        self.net = make_mlp(obs_dim, args.num_components * (1 + 2 * len(low)), args)
+        self.net = make_mlp(obs_dim, self.components * (1 + 2 * len(low)), args)
 
     def mixture(self, x: Tensor) -> MixtureSameFamily:
         logits, rest = self.net(x).split([self.components, 2 * self.components * self.action_dim], dim=-1)
         mean, spread = rest.view(-1, self.components, 2 * self.action_dim).chunk(2, dim=-1)  # (B, K, A)
         std = self.LEAST_STD + F.softplus(spread)
-        choice, component = (
-            Categorical(logits=logits, validate_args=False),
-            Normal(torch.tanh(mean), std, validate_args=False),
-        )
-        return MixtureSameFamily(choice, Independent(component, 1), validate_args=False)  # check_losses does
+        choice = Categorical(logits=logits, validate_args=False)  # check_losses sees what is not finite
+        component = Independent(Normal(torch.tanh(mean), std, validate_args=False), 1)
+        return MixtureSameFamily(choice, component, validate_args=False)
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
         return -self.mixture(x).log_prob(u)
@@ -784,15 +804,13 @@ class Diffusion(Policy):
         for step in range(self.steps, 0, -1):
             guess = self.clean(x, u, torch.full((len(x),), step, device=x.device))
             now, before = self.alpha_bar[step], self.alpha_bar[step - 1]
-            if not sample:  # DDIM: the same noise, less of it; without added noise the line below would average modes
+            alpha = now / before
+            if sample:  # the posterior of u_{t-1} given u_t and the clean action (DDPM, equations 6, 7)
+                u = (before.sqrt() * (1 - alpha) * guess + alpha.sqrt() * (1 - before) * u) / (1 - now)
+                u = u + ((1 - before) / (1 - now) * (1 - alpha)).sqrt() * torch.randn_like(u)  # (at t = 1 nothing)
+            else:  # the same noise, but less of it (DDIM); the posterior's mean would average over modes
                 noise = (u - now.sqrt() * guess) / (1 - now).sqrt()
                 u = before.sqrt() * guess + (1 - before).sqrt() * noise
-                continue
-            alpha = now / before
-            # The posterior of u_{t-1} given u_t and the clean action (DDPM, equations 6, 7); at t = 1 it is the guess.
-            u = (before.sqrt() * (1 - alpha) * guess + alpha.sqrt() * (1 - before) * u) / (1 - now)
-            if step > 1:
-                u = u + ((1 - before) / (1 - now) * (1 - alpha)).sqrt() * torch.randn_like(u)
         return u
 
 
@@ -802,8 +820,8 @@ class Autoregressive(Policy):
     The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there. An action
     between two centres belongs to both in such shares that their mean is the action itself, and so a few bins will do.
     The best action is the mean of the likeliest bin and its neighbours. Of the dimensions before its own a network sees
-    the bin, as in equation 5: the expert's exact u_1 tells more of x than a blurred x does, and a network that has
-    learned to read x off it will read its own mistakes.
+    a bin, as in equation 5: the expert's exact u_1 tells more of x than a blurred x does, and a network that has
+    learned to read x off it will read its own mistakes. Which of two bins is drawn by their shares, as in a sample.
     """
 
     mask: Tensor
@@ -820,23 +838,34 @@ class Autoregressive(Policy):
         distance = (u[..., None] - self.centres).abs() * (len(self.centres) - 1) / 2  # in bins
         return (1 - distance).clamp(min=0)
 
-    def log_probs(self, x: Tensor, u: Tensor) -> Tensor:  # (B, D), (B, A) -> (A, B, bins)
+    def bins(self, u: Tensor, draw: Tensor | float) -> Tensor:
+        """Centre of a bin beside each u: of the upper one where `draw` in [0, 1) is no less than the distance to it."""
         half = (len(self.centres) - 1) / 2
-        u = ((u + 1) * half).round() / half - 1
-        return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), u * self.mask], dim=-1)).log_softmax(dim=-1)
+        return (((u + 1) * half + draw).floor() / half - 1).clamp(-1, 1)
+
+    def log_probs(self, x: Tensor, b: Tensor) -> Tensor:  # (B, D), centres (B, A) -> (A, B, bins)
+        return self.nets(torch.cat([x.expand(self.action_dim, -1, -1), b * self.mask], dim=-1)).log_softmax(dim=-1)
+
+    def probs(self, i: int, x: Tensor, b: Tensor) -> Tensor:
+        """Of dimension i alone: (B, bins)."""
+        h = torch.cat([x, b * self.mask[i]], dim=-1)
+        for layer, (weight, bias) in enumerate(zip(self.nets.weights, self.nets.biases, strict=True)):
+            h = torch.addmm(bias[i], self.nets.activation(h) if layer else h, weight[i])
+        return h.softmax(dim=-1)
 
     def error(self, x: Tensor, u: Tensor) -> Tensor:
-        return -(self.shares(u).transpose(0, 1) * self.log_probs(x, u)).sum(dim=(0, 2))
+        b = self.bins(u, torch.rand_like(u))
+        return -(self.shares(u).transpose(0, 1) * self.log_probs(x, b)).sum(dim=(0, 2))
 
     def decide(self, x: Tensor, sample: bool) -> Tensor:
         u = torch.zeros(len(x), self.action_dim, device=x.device)
-        bins = torch.arange(len(self.centres), device=x.device)
+        number = torch.arange(len(self.centres), device=x.device)
         for i in range(self.action_dim):
-            p = self.log_probs(x, u)[i].exp()  # (B, bins)
+            p = self.probs(i, x, self.bins(u, 0.5))  # (B, bins)
             if sample:
                 u[:, i] = self.centres[p.multinomial(1)[:, 0]]
             else:
-                p = p * ((bins - p.argmax(dim=-1, keepdim=True)).abs() <= 1)
+                p = p * ((number - p.argmax(dim=-1, keepdim=True)).abs() <= 1)
                 u[:, i] = p @ self.centres / p.sum(dim=-1)
         return u
 
@@ -863,6 +892,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
     except (AttributeError, KeyError, RuntimeError) as error:
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
     check_data(actor.state_dict(), f"--expert {path}")
+    least, most = actor.action_bias - actor.action_scale, actor.action_bias + actor.action_scale
+    beyond = torch.maximum(low.cpu() - least, most - high.cpu()).max().item()
+    fits = beyond <= 1e-3 * (high - low).max().item()
+    require(fits, f"--expert {path} exceeds the bounds of {env_id}'s actions by up to {beyond:.3g}: another scale?")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -922,7 +955,7 @@ def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, numb
         asks_expert = torch.rand(len(obs), 1, device=obs.device) < beta
         return torch.where(asks_expert, expert.mode(obs), policy.act(obs, args.sample))
 
-    seed = 3_000_000 + 100_000 * number + 1_000 * args.seed  # not those of the evaluation or of the expert
+    seed = 3_000_000 + 100_000 * number + 1_000 * args.seed  # below 100 episodes of their own, as in `evaluate`
     obs, _, episode, returns, _ = run_episodes(
         mixture, args.env_id, args.dagger_episodes, seed, device, args.max_episode_steps
     )
@@ -942,7 +975,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -955,7 +989,7 @@ def evaluate(
     args: Args, policy: Policy, expert_return: float, episodes: int, device: torch.device, video: Path | None
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes on the same seeds each time, none of them trained on."""
-    seed = 1_000_000 + 1_000 * args.seed  # no run begins where another one does
+    seed = 1_000_000 + 1_000 * args.seed  # for --seed below 100 and 1,000 episodes, nobody else begins there
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         act = lambda obs: policy.act(obs, args.sample)  # noqa: E731
@@ -965,10 +999,8 @@ def evaluate(
     mean = returns.mean().item()
     metrics = {"eval/episodic_return": mean, "eval/episodic_length": len(obs) / episodes}
     metrics["eval/episodic_return_std"] = returns.std(ddof=1).item() if episodes > 1 else 0.0
-    metrics |= {
-        "eval/expert_fraction": mean / expert_return if expert_return > 0 else 0.0,
-        "time/act_ms": 1e3 * seconds,
-    }
+    metrics["eval/expert_fraction"] = mean / expert_return if expert_return > 0 else 0.0
+    metrics["time/act_ms"] = 1e3 * seconds
     return metrics, returns.tolist()
 
 
@@ -1054,6 +1086,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -1140,14 +1173,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1156,7 +1189,7 @@ def parse_args(command_line: list[str] | None = None) -> Args:
 def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], device: torch.device) -> Demonstrations:
     """The expert's episodes, from wherever they are to come."""
     obs_dim, skip, action_dim = sizes
-    seed = 2_000_000 + 1_000 * args.seed  # no run begins where another one does
+    seed = 2_000_000 + 1_000 * args.seed  # as in `evaluate`, for seeds below 100
     if args.data is not None:
         data = from_file(args.data, args.env_id, obs_dim, skip, action_dim)
         if not math.isfinite(data.expert_return):
@@ -1187,15 +1220,15 @@ def measure(policy: Policy, data: Demonstrations, train: Tensor, test: Tensor, s
     """Losses, with the same random numbers each time, and how far off the actions are."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        some = train[torch.randperm(len(train), device=train.device)[: len(test)]]
-        losses = [policy.loss(data.obs[rows], data.action[rows]).item() for rows in (some, test)]
+        train, test = (rows[torch.randperm(len(rows), device=rows.device)[:10_000]] for rows in (train, test))
+        losses = [policy.loss(data.obs[rows], data.action[rows]).item() for rows in (train, test)]
         done = policy.act(data.obs[test], sample)
     off = (policy.scale(done) - policy.scale(data.action[test])).abs().mean().item()
     return {"losses/train_loss": losses[0], "losses/holdout_loss": losses[1], "losses/action_error": off}
 
 
 def load_clone(run_dir: str) -> Policy:
-    """What a run has learned: `load_clone("runs/...").act(torch.as_tensor(obs)[None].float())[0]` acts."""
+    """What a run has learned: of `clone = load_clone("runs/...")` clone.act(torch.as_tensor(obs)[None].float())[0]."""
     weights = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
     args, obs_dim = load_args(run_dir), len(weights["normaliser.mean"])
     policy = VARIANTS[args.variant](obs_dim, weights["low"], weights["high"], args)
@@ -1226,10 +1259,8 @@ def train_round(
             torch._foreach_lerp_([*average.parameters()], [*policy.parameters()], 1 - min(args.ema_decay, warm))
         durations.append(time.perf_counter() - begin)
         bar.update()
-        due, save = (
-            step % args.eval_every == 0 or step == args.train_steps,
-            progress["step"] % args.checkpoint_every == 0,
-        )
+        due = step % args.eval_every == 0 or step == args.train_steps
+        save = progress["step"] % args.checkpoint_every == 0
         if due or save or checkpointer.signal:  # what has not been checked is not saved
             check_losses({"losses/train_loss": loss.item()}, progress["step"], run_dir)
         if due:
@@ -1241,8 +1272,10 @@ def train_round(
             if better:
                 best.load_state_dict(average.state_dict())
             if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
+                log.scalars(metrics, progress["step"])
                 policy.load_state_dict(best.state_dict())
                 average.load_state_dict(best.state_dict())
+                optimizer.state.clear()  # what it remembers is of other weights
                 progress["fit_step"] = step = args.train_steps
                 metrics = measure(average, data, train, test, args.sample)
             last = final and step == args.train_steps
@@ -1279,6 +1312,8 @@ def main(args: Args) -> dict[str, float]:
     recorded = args.data is not None or args.minari_id is not None
     needed = not checkpoint or checkpoint["progress"]["round"] < args.dagger_rounds  # the data lie in the checkpoint
     needed = needed and (args.expert is not None or not recorded) and not args.eval_only
+    if needed:
+        check_expert(args)
     expert = load_expert(expert_path(args), args.env_id, obs_dim, low, high) if needed else None
     if checkpoint:
         data = Demonstrations(*(checkpoint["data"][name] for name in ("obs", "action", "episode", "expert_return")))
@@ -1304,7 +1339,8 @@ def main(args: Args) -> dict[str, float]:
             print(f"{run_dir}: {describe(again, returns)}; the expert earns {data.expert_return:.1f}")
             return again
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
-        print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(data.obs)} transitions", flush=True)
+        size = f"{len(data.obs)} transitions of {len(data.episode.unique())} episodes"
+        print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {size}", flush=True)
         while True:
             final = progress["round"] >= args.dagger_rounds
             train_round(args, policy, average, best, optimizer, data, final, log, checkpointer)

@@ -41,14 +41,14 @@ Usage:
     python mbpo_sac.py --env-id HalfCheetah-v5                                          # MBPO
     python mbpo_sac.py --env-id HalfCheetah-v5 --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000    # SAC
     python mbpo_sac.py --env-id Hopper-v5 --utd-ratio 20 --total-timesteps 125_000 --rollout-schedule 20 150 1 15 \
-        --target-entropy -1                                                             # MBPO, after the paper's Hopper
+        --target-entropy -1                                             # MBPO, with the authors' settings for Hopper
     python mbpo_sac.py --env-id Pendulum-v1 --rollout-length 0 --utd-ratio 1 --initial-steps 1_000 \
         --total-timesteps 6_000 --eval-every 1_000                                      # SAC in a minute
     python mbpo_sac.py --resume RUN_DIR                     # go on exactly where it stopped
     python mbpo_sac.py --resume RUN_DIR --eval-only         # the evaluation of that run again
     python mbpo_sac.py --resume RUN_DIR --save-policy expert.pt     # its actor, as an expert for bc_variants.py
-    actor = Actor(obs_dim, low, high, 256)                          # ... and in your own code
-    actor.load_state_dict(torch.load("expert.pt")["actor"]); action = actor.mode(obs)
+    actor = load_policy("expert.pt")                                # ... and in your own code, once
+    action = actor.mode(torch.as_tensor(obs).float()).numpy()       # for each observation
 
 The course's Dyna (CS285 homework 4: deterministic members that are averaged, known reward, one buffer for real and
 imagined steps, a fixed number of updates after each 5,000 steps) is
@@ -77,12 +77,13 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/critic_value           mean of min Q over the evaluation's states and actions
-    eval/critic_bias            the same minus what was earned from there on, discounted. The critic's value counts the
-                                entropy of the policy, too, and that of its samples: compare it over time, not with 0
+    eval/critic_bias            the same minus what was earned from there on, discounted, and beyond the time limit the
+                                critic's own value. The critic values acting by samples, and their entropy, and not the
+                                mean's acting: compare the bias over time, not with 0
     losses/qf_loss              equation 2, mean over the steps since the last log, as are the following
     losses/actor_loss           equation 2
     losses/alpha                temperature
-    losses/entropy              -log π(a|s)
+    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: in half-ranges)
     losses/qf_values            min Q of the batch
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) on held-out transitions, mean over the elites
@@ -99,12 +100,13 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
 
 Deviations: actor, critics and temperature step together, by the weights before (the paper's pseudocode: one after the
 other); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each real one (40 on
-HalfCheetah); the ensemble predicts Δs, normalised; reward and termination come from formulas where there are any (the
-paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step gives
-every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps gradient
-steps, and a member may end it as it began it. As in the paper rows are held out anew at each fit: after the first one a
-member has seen many of them before. The course's Dyna holds no rows out, and makes a rollout before each update; here
-those for 50 updates are made at once.
+HalfCheetah); rollouts begin at each fit and not at each step (as in the authors' code); targets are normalised; every
+member trains on all rows, and not on a bootstrap of them; reward and termination come from formulas where there are any
+(the paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step
+gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps
+gradient steps. A row that is held out is held out for good, where the paper draws others at each fit: weights that have
+trained on a row know it, and no new ones seem better. The course's Dyna holds no rows out, and makes a rollout before
+each update; here those for 50 updates are made at once.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -221,7 +223,7 @@ class Args:
     utd_ratio: float = 10.0
     """gradient steps of actor and critic for each environment step"""
     update_every: int = 1
-    """environment steps between rounds of gradient steps"""
+    """environment steps between rounds of gradient steps; the first round follows the random steps at once"""
     train_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the matrix products in training; weights, optimiser and losses stay in float32"""
 
@@ -264,8 +266,8 @@ class Args:
     """L2 penalty on the weights, through Adam"""
     input_noise: float = 0.0
     """standard deviation of the Gaussian noise on the normalised inputs while training"""
-    model_holdout: float = 0.2
-    """share of the transitions (at most 5,000) that the fits of the model do not train on, to stop early by"""
+    model_holdout: float = 0.1
+    """share of the transitions that no fit of the model trains on, to stop early by"""
     patience: int | None = 5
     """stop a fit after more than so many epochs in which no member's held-out error fell by 1 %; None: never"""
     max_train_steps: int = 500
@@ -327,6 +329,8 @@ def check_args(args: Args) -> None:
     require(0 < args.model_holdout < 1, f"--model-holdout must lie in (0, 1), got {args.model_holdout}")
     ratio = args.real_ratio
     require(ratio is None or 0 <= ratio <= 1, f"--real-ratio must lie in [0, 1] or be None, got {ratio}")
+    idle = ratio == 1 and args.rollout_length > 0
+    require(not idle, "--real-ratio 1 makes no use of a model: --rollout-length 0 is how to go without one")
     target = args.target_entropy
     fine = target == "auto" or (not isinstance(target, str) and math.isfinite(target))
     require(fine, f"--target-entropy must be auto or a number, got {target}")
@@ -663,7 +667,7 @@ def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: Re
         error, spread = (known - buffer.reward[rows]).abs().mean().item(), buffer.reward[rows].std().item()
         if not error <= 0.1 * spread + 1e-4:
             words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
-            print(f"warning: the reward that is planned for is {words} (spread {spread:.3g})", file=sys.stderr)
+            print(f"warning: the reward by formula is {words} (spread {spread:.3g})", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -970,6 +974,16 @@ def member_errors(model: DynamicsModel, x: Tensor, y: Tensor) -> Tensor:
         return (output - y[:, : model.num_targets]).square().mean(dim=(1, 2))
 
 
+def hold_out(buffer: ReplayBuffer, args: Args) -> tuple[Tensor, Tensor]:
+    """Rows of the buffer to train on, and at most 5,000 to test by. A place that is held out is so at every fit."""
+    out = torch.rand(buffer.capacity, generator=torch.Generator().manual_seed(args.seed)) < args.model_holdout
+    out[0], out[1] = True, False  # neither is ever empty
+    test = out[: buffer.size].nonzero()[:, 0]
+    test = test[torch.randperm(len(test))[:5_000]]
+    train = (~out[: buffer.size]).nonzero()[:, 0]
+    return train.to(buffer.obs.device), test.to(buffer.obs.device)
+
+
 def fit_members(
     model: DynamicsModel, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, args: Args
 ) -> tuple[list[int], dict[str, float]]:
@@ -977,10 +991,9 @@ def fit_members(
 
     Returns the elites' indices, best first, and metrics. Goes on from the weights of the last fit.
     """
-    order = torch.randperm(buffer.size, device=buffer.obs.device)
-    held_out = min(max(1, int(args.model_holdout * buffer.size)), 5_000)
-    x, y = model.regression_data(buffer, order[held_out:], fit=True)
-    test = model.regression_data(buffer, order[:held_out])
+    train_rows, test_rows = hold_out(buffer, args)
+    x, y = model.regression_data(buffer, train_rows, fit=True)
+    test = model.regression_data(buffer, test_rows)
     epoch = math.ceil(len(x) / args.model_batch_size)
     best, best_error = {name: p.detach().clone() for name, p in model.named_parameters()}, member_errors(model, *test)
     steps, stale, mark, dtype = 0, 0, best_error, getattr(torch, args.train_dtype)
@@ -1137,7 +1150,8 @@ def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step
     if bad:
         checkpoint = run_dir / "checkpoint.pt"
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-        sys.exit(f"{bad[0]} at or before step {step}; {last}; try a smaller --learning-rate or --utd-ratio")
+        way = "--model-learning-rate" if "model/" in bad[0] else "--learning-rate or --utd-ratio"
+        sys.exit(f"{bad[0]} at or before step {step}; {last}; or start anew with a smaller {way}")
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -1152,7 +1166,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -1308,6 +1323,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -1415,14 +1431,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -1434,9 +1450,18 @@ def save_policy(path: Path, args: Args, agent: Agent, metrics: dict[str, float])
     save_file(path, contents | {"max_episode_steps": args.max_episode_steps})
 
 
-def passes(every: int, step: int, num_envs: int) -> bool:
-    """Has a multiple of `every` been reached by the last step, of num_envs transitions?"""
-    return step // every > (step - num_envs) // every
+def load_policy(path: str) -> Actor:
+    """What --save-policy wrote."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)["actor"]
+    scale, bias = weights["action_scale"], weights["action_bias"]
+    actor = Actor(weights["fc1.weight"].shape[1], bias - scale, bias + scale, len(weights["fc1.weight"]))
+    actor.load_state_dict(weights)
+    return actor.requires_grad_(False)
+
+
+def passes(every: int, step: int, taken: int) -> bool:
+    """Has a multiple of `every` been reached by the last `taken` steps?"""
+    return step // every > (step - taken) // every
 
 
 @torch.no_grad()
@@ -1491,7 +1516,8 @@ def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) ->
     checkpointer.restore(checkpoint)
     step = checkpointer.progress["step"]
     few = f"--total-timesteps {args.total_timesteps}: {checkpointer.run_dir} has had {step}"
-    require(step < args.total_timesteps + args.num_envs, few)
+    as_before = args.total_timesteps == load_args(str(checkpointer.run_dir)).total_timesteps
+    require(step < args.total_timesteps or as_before, few)
 
 
 def prepare_torch(args: Args) -> torch.device:
@@ -1511,11 +1537,12 @@ def main(args: Args) -> dict[str, float]:
     obs_dim, skip = envs.obs.shape[1], hidden_positions(envs.envs[0])
     low, high = action_bounds(envs, args.env_id, device)
     check_ranges(low, high, args.env_id)
-    formulas = chosen_formulas(args, envs.envs[0])
+    formulas = chosen_formulas(args, envs.envs[0]) if args.rollout_length else None
+    learn_reward = formulas is None and args.rollout_length > 0
 
     agent = Agent(obs_dim - skip, low, high, args)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, len(low), device)
-    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), formulas is None)).to(device)
+    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), learn_reward)).to(device)
     model_optimizer = make_optimizer(model, args.model_learning_rate, args.weight_decay)
     imagined = ResizableBuffer(args.buffer_size if args.real_ratio is None else 1, obs_dim, len(low), device)
 
@@ -1528,6 +1555,7 @@ def main(args: Args) -> dict[str, float]:
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             go_on(args, checkpointer, checkpoint)
+            checkpoint = None  # a second copy of both buffers
         elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
@@ -1537,16 +1565,16 @@ def main(args: Args) -> dict[str, float]:
             if args.save_policy:
                 save_policy(Path(args.save_policy), args, agent, again)
             return again
-        log = Logger(run_dir, args, progress["step"] if checkpoint else None)
-        source = "known" if formulas else "learned"
-        print(f"{run_dir}: reward and termination {source}, device {device}", flush=True)
+        log = Logger(run_dir, args, progress["step"] if args.resume else None)
+        model_is = f"reward and termination {'known' if formulas else 'learned'}" if args.rollout_length else "no model"
+        print(f"{run_dir}: {model_is}, device {device}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=progress["step"], unit="step")
         watch = Stopwatch(progress["step"])
         while progress["step"] < args.total_timesteps:
             rows = interact(agent.actor, envs, skip, device, random=progress["step"] < args.initial_steps)
             buffer.add(**rows)
             progress["step"] = step = progress["step"] + args.num_envs
-            due = partial(passes, step=step, num_envs=args.num_envs)
+            due = partial(passes, step=step, taken=args.num_envs)
             if envs.finished:
                 mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
                 log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, step)

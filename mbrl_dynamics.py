@@ -446,18 +446,16 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
     """Row numbers of the training and the held-out transitions, each in order of episode and time.
 
     Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
-    memory, not generalisation. With one episode only, its last part is held out.
+    memory, not generalisation. Where even one is more than was asked for, its last part is held out.
     """
     order = torch.sort(episode, stable=True).indices
     episodes, counts = episode.unique(return_counts=True)
-    if len(episodes) == 1:
-        cut = min(max(round(len(order) * (1 - holdout_ratio)), 1), len(order) - 1)
-        return order[:cut], order[cut:]
     shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
     chosen = counts[shuffled].cumsum(0) <= holdout_ratio * len(episode)
-    if not chosen.any():  # every episode is longer than that: the shortest one has to do
-        chosen[counts[shuffled].argmin()] = True
     held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
+    if not chosen.any():
+        held_out = episode[order] == episodes[shuffled[0]]
+        held_out &= held_out.cumsum(0) > counts[shuffled[0]] - max(int(holdout_ratio * len(episode)), 1)
     return order[~held_out], order[held_out]
 
 
@@ -849,6 +847,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -934,14 +933,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main

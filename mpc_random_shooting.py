@@ -602,7 +602,7 @@ def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: Re
         error, spread = (known - buffer.reward[rows]).abs().mean().item(), buffer.reward[rows].std().item()
         if not error <= 0.1 * spread + 1e-4:
             words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
-            print(f"warning: the reward that is planned for is {words} (spread {spread:.3g})", file=sys.stderr)
+            print(f"warning: the reward by formula is {words} (spread {spread:.3g})", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -925,7 +925,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -1053,6 +1054,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -1143,14 +1145,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main

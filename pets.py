@@ -69,22 +69,23 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived: a bit too
-                                much, as plans are chosen that were lucky
+    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived or that fell
+                                in it: a bit too much, as elites are those that did well under just these draws
     eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
     model/disagreement          std over the members of the same predictions
     time/plan_ms                milliseconds of one planning call (all environments), median over the collection
-    time/train_s                seconds of the fit
+    time/train_s                seconds of the fit (of a resumed run: since then, as are the next)
     time/env_s                  seconds of the collection, planning included
 
 Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; episodes are cut short now
 and then while collecting (--reset-every); a fit is a number of gradient steps, not of epochs, with one weight decay for
 all layers; the shifted plan repeats its last action (the authors' is zero there); the model sees angles as sine and
 cosine (the authors' code does so for the pitch of HalfCheetah); the particles of a member are as many as those of every
-other, at each step of ts1, too; all candidates share their particles' draws, so that a few are enough to rank them by;
+other, at each step of ts1, too; all candidates of all environments share their particles' draws, so that a few are
+enough to rank them by; networks begin as PyTorch's own layers do; the first data are five episodes, not one;
 every member trains on all rows, and not on a bootstrap of them; targets are normalised, and each member has bounds of
 its own for the variance; no iteration of CEM is left out when σ is small.
 
@@ -648,7 +649,7 @@ def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: Re
         error, spread = (known - buffer.reward[rows]).abs().mean().item(), buffer.reward[rows].std().item()
         if not error <= 0.1 * spread + 1e-4:
             words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
-            print(f"warning: the reward that is planned for is {words} (spread {spread:.3g})", file=sys.stderr)
+            print(f"warning: the reward by formula is {words} (spread {spread:.3g})", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -1050,7 +1051,8 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
-    text = f"return {mean:.1f} ± {std:.1f} ({', '.join(f'{value:.0f}' for value in returns)})"
+    each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
+    text = f"return {mean:.1f} ± {std:.1f} ({each})"
     if "eval/predicted_return" in metrics:
         promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
         text += f"; plans promised {promised:.2f}, got {realised:.2f}"
@@ -1178,6 +1180,7 @@ class Checkpointer:
         if self.signal:
             raise KeyboardInterrupt  # asked twice: leave at once
         self.signal = number
+        print("\nstopping when all up to here can be saved; asked again, at once", file=sys.stderr)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -1269,14 +1272,14 @@ def new_run_dir(args: Args) -> Path:
 
 def parse_args(command_line: list[str] | None = None) -> Args:
     """With --resume, the earlier run's settings are the defaults; an evaluation need not write again what it wrote."""
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=command_line, description=__doc__)
     if args.resume is None:
         return args
     saved = load_args(args.resume)
     if getattr(args, "eval_only", False):
         for name in {"save_data", "save_policy", "capture_video"} & {field.name for field in fields(Args)}:
             setattr(saved, name, getattr(Args, name))
-    return tyro.cli(Args, args=command_line, default=saved)
+    return tyro.cli(Args, args=command_line, default=saved, description=__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------- main

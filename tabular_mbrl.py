@@ -14,7 +14,7 @@ computed in it is taken at its word: the value V̂^π of a policy π, the optima
 
 The simulation lemma says what that costs, exactly, in two ways:
 
-    Q^π - Q̂^π = γ (I - γ P̂_π)⁻¹ (P - P̂) V^π  =  γ (I - γ P_π)⁻¹ (P - P̂) V̂^π                                        (1)
+    Q^π - Q̂^π = γ (I - γ P̂_π)⁻¹ (P - P̂) V^π  =  γ (I - γ P_π)⁻¹ (P - P̂) V̂^π                                        (L)
 
     Proof. Q^π = r + γ P V^π and Q̂^π = r + γ P̂ V̂^π. Add and subtract γ P̂ V^π:  Q^π - Q̂^π = γ (P - P̂) V^π
     + γ P̂ (V^π - V̂^π), and P̂ (V^π - V̂^π) = P̂_π (Q^π - Q̂^π). Solve for the difference; the second form adds and
@@ -24,28 +24,32 @@ The simulation lemma says what that costs, exactly, in two ways:
 claimed with probability 1 - δ:
 
     (1) V = V̂^π, through rows:  ‖(P - P̂) V̂^π‖∞ ≤ max ‖P - P̂‖₁ / (1-γ),  max ‖P - P̂‖₁ ≤ √(4 S log(S A / δ) / N)      true
+                                (the largest ‖P(·|s, a) - P̂(·|s, a)‖₁ of any pair)
     (2) V = V̂^π, by Hoeffding:  ‖(P - P̂) V̂^π‖∞ ≤ √(2 log(2 S A / δ) / N) / (1-γ)                     the argument fails
     (3) V = V*, by Hoeffding:   the same bound                                                                  true
     (4) V = V̂*, by Hoeffding:   the same bound                                                      the argument fails
 
     Proof of (1). Weissman: P(‖p - p̂‖₁ ≥ ε) ≤ 2^S exp(-N ε² / 2) for one row; over S A rows the sum of these is δ at
-    ε² = 2 (S log 2 + log(S A / δ)) / N, which is at most 4 S log(S A / δ) / N. It holds for all V at once, so also for
-    one that was computed from the counts.
+    ε² = 2 (S log 2 + log(S A / δ)) / N, which is at most 4 S log(S A / δ) / N from two states on. It holds for all V at
+    once, so also for one that was computed from the counts. With fewer samples than S log(S A / δ) it says nothing: no
+    two rows differ by more than 2.
     Proof of (3). V* is fixed before any sample is drawn, so each entry of P̂ V* is a mean of N independent numbers in
     [0, 1/(1-γ)], and Hoeffding's inequality with a union over S A rows gives half the bound that is claimed.
-    Why (2) and (4) fail. V̂^π and V̂* are functions of the counts, so the N numbers whose mean P̂ V̂ is are neither fixed
-    nor independent: Hoeffding does not apply. For (4), and for (2) with a π that is fixed before the data, a longer
-    argument (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate. For (2) with a π that may depend
-    on the counts no argument can: the counterexample.
+    Why (2) and (4) fail. V̂^π and V̂* are functions of the counts, so each of the N numbers V̂(s'_i) whose mean P̂ V̂ is
+    depends on all samples: they are not independent, and their mean need not be P V̂. Hoeffding does not apply. For
+    (4), and for (2) with a π that is fixed before the data, a longer argument (leave-one-out: Agarwal, Kakade and Yang
+    2020) gives nearly the same rate. For (2) with a π that may depend on the counts no argument can: the
+    counterexample.
 
-    Counterexample to (2). One row is uniform over S' = N states, each of which is worth 1/(1-γ) if π takes its good
-    action there and 0 if not. Choose π after seeing the counts: good where p̂ > p. Then (P̂ - P) V^π is half of
-    ‖P - P̂‖₁ / (1-γ), about 0.37/(1-γ) for a row of as many samples as states, however large N is, while the bound falls
-    as √(log N / N): in the default experiments it is broken in every draw from 400 states on.
+    Counterexample to (2). N + 1 states, two actions. State 0 leads to one of the N others, all equally likely; each of
+    those is worth 1/(1-γ) if π takes its good action there and 0 if not. Choose π after seeing the counts: good where
+    p̂ > p. Then (P̂ - P) V^π is half of ‖P - P̂‖₁ / (1-γ), about 0.37/(1-γ) for a row of as many samples as states,
+    however large N is, while the bound falls as √(log N / N): in the default experiments it is broken in every draw
+    from 400 states on. (Statement (1) stands, but with as many states as samples it says nothing.)
 
-The value lost by trusting the model follows from equation (1), once with π* and once with π̂*:
+The value lost by trusting the model follows from equation (L), once with π* and once with π̂*:
 
-    ‖V* - V^π̂*‖∞ ≤ γ / (1-γ) (‖(P - P̂) V*‖∞ + ‖(P - P̂) V̂*‖∞)                                                       (2)
+    ‖V* - V^π̂*‖∞ ≤ γ / (1-γ) (‖(P - P̂) V*‖∞ + ‖(P - P̂) V̂*‖∞)                                                       (T)
 
     Proof. V* - V^π̂* = (V* - V̂^π*) + (V̂^π* - V̂*) + (V̂* - V^π̂*). The second is not positive, for π̂* is the best in the
     model; the first is the lemma's first form with π = π*, the last its second form with π = π̂*.
@@ -55,7 +59,7 @@ Pseudocode:
     draw P (Dirichlet rows), r (uniform) and a policy π
     for each number of samples N, num_draws times:
         P̂ <- counts / N;  V̂^π, V̂*, π̂* <- the same equations with P̂ for P
-        both sides of equations (1) and (2);  ‖(P - P̂) V‖∞ for V̂^π, V*, V̂*;  max ‖P - P̂‖₁;  inside the bounds?
+        both sides of equations (L) and (T);  ‖(P - P̂) V‖∞ for V̂^π, V*, V̂*;  max ‖P - P̂‖₁;  inside the bounds?
         the counterexample with N states: inside the bounds?
 
 Usage:
@@ -65,8 +69,9 @@ Usage:
 
 Every logged tag (metrics.csv; the step is N; means over the draws unless it says otherwise):
 
-    check/simulation_lemma_error    largest violation of equation (1) in any draw and both of its forms: rounding, some
-                                    1e-14 for the defaults, more where 1/(1-γ) is large (1e-8 for γ = 0.9999)
+    check/simulation_lemma_error    largest violation of equation (L) in any draw and both of its forms: rounding, some
+                                    1e-14 for the defaults, more where 1/(1-γ) is large (1e-8 for γ = 0.9999); more
+                                    than rounding would end the run with an error
     error/l1                        max ‖P - P̂‖₁
     error/policy_value              ‖(P - P̂) V̂^π‖∞
     error/optimal_value             ‖(P - P̂) V*‖∞
@@ -81,9 +86,8 @@ Every logged tag (metrics.csv; the step is N; means over the draws unless it say
     coverage/optimal_value          inside that of statement (3)
     coverage/model_optimal_value    inside that of statement (4)
     coverage/counterexample         share of the draws of the counterexample inside the bound of statement (2)
-    coverage/counterexample_l1      inside that of statement (1), which holds there, too
     value/loss                      ‖V* - V^π̂*‖∞
-    value/bound                     the right-hand side of equation (2)
+    value/bound                     the right-hand side of equation (T)
 
 With the defaults, random problems are inside all four bounds in all draws: the bounds are loose, chance no adversary. A
 bound that holds there is not proved by it; the counterexample is what tells (2) from (3).
@@ -146,9 +150,12 @@ def require(condition: bool, message: str) -> None:
 def check_args(args: Args) -> None:
     for field in fields(args):
         require(getattr(args, field.name) != "", f"--{field.name.replace('_', '-')} is empty")
+    require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
     require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2^32), got {args.seed}")
     require(args.num_states >= 2, f"--num-states must be at least 2, got {args.num_states}")
     require(args.num_actions >= 1, f"--num-actions must be at least 1, got {args.num_actions}")
+    pairs = args.num_states * args.num_actions
+    require(pairs <= 5_000, f"{pairs} pairs of states and actions: the lemma's matrices would not fit, 5,000 do")
     require(args.num_draws >= 1, f"--num-draws must be at least 1, got {args.num_draws}")
     spread = f"--concentration must lie in (0, 1e6], got {args.concentration}"
     require(0 < args.concentration <= 1e6, spread)
@@ -173,7 +180,7 @@ def estimate(rng: np.random.Generator, P: Array, N: int) -> Array:
 
 
 def policy_value(P: Array, r: Array, policy: NDArray[np.int64], gamma: float) -> Array:
-    """V^π solves V = r_π + γ P_π V."""
+    """V^π solves V(s) = r(s, π(s)) + γ P(.|s, π(s)) V."""
     rows = np.arange(len(r))
     V: Array = np.linalg.solve(np.eye(len(r)) - gamma * P[rows, policy], r[rows, policy])
     return V
@@ -201,7 +208,7 @@ def pair_transitions(P: Array, policy: NDArray[np.int64]) -> Array:
 
 
 def simulation_lemma_error(P: Array, P_hat: Array, r: Array, policy: NDArray[np.int64], gamma: float) -> float:
-    """Largest entry by which the two right-hand sides of equation (1) miss the left-hand side."""
+    """Largest entry by which the two right-hand sides of equation (L) miss the left-hand side."""
     V, V_hat = (policy_value(model, r, policy, gamma) for model in (P, P_hat))
     gap = (gamma * P @ V - gamma * P_hat @ V_hat).ravel()  # Q - Q̂ (S A,): the rewards cancel
     identity = np.eye(r.size)
@@ -210,8 +217,8 @@ def simulation_lemma_error(P: Array, P_hat: Array, r: Array, policy: NDArray[np.
     return float(max(np.abs(gap - first).max(), np.abs(gap - second).max()))
 
 
-def counterexample(rng: np.random.Generator, N: int, gamma: float) -> tuple[float, float]:
-    """‖(P - P̂) V̂^π‖∞ and max ‖P - P̂‖₁ where π is chosen after seeing the counts.
+def counterexample(rng: np.random.Generator, N: int, gamma: float) -> float:
+    """‖(P - P̂) V̂^π‖∞ where π is chosen after seeing the counts.
 
     State 0 moves to one of N others, all equally likely, whatever it does. Those stay where they are, for ever: action
     0 there pays 1, action 1 pays 0. So their rows are estimated without error, and V̂^π = V^π is 1/(1-γ) or 0 there.
@@ -220,8 +227,7 @@ def counterexample(rng: np.random.Generator, N: int, gamma: float) -> tuple[floa
     p_hat = rng.multinomial(N, p, size=2) / N  # (2, N): state 0's two actions
     good = p_hat[0] > p
     value = good / (1 - gamma)
-    errors = np.abs((p - p_hat) @ value)  # (2,): no other row has any
-    return float(errors.max()), float(np.abs(p - p_hat).sum(axis=1).max())
+    return float(np.abs((p - p_hat) @ value).max())  # no other row has any error
 
 
 def l1_bound(S: int, A: int, N: int, delta: float) -> float:
@@ -233,11 +239,10 @@ def hoeffding_bound(S: int, A: int, N: int, delta: float, gamma: float) -> float
 
 
 def experiment(
-    rng: np.random.Generator, P: Array, r: Array, policy: NDArray[np.int64], N: int, args: Args
+    rng: np.random.Generator, P: Array, r: Array, policy: NDArray[np.int64], V_star: Array, N: int, args: Args
 ) -> dict[str, float]:
     """Everything that is logged for one number of samples."""
     S, A, gamma = args.num_states, args.num_actions, args.gamma
-    _, V_star = optimal_policy(P, r, gamma)
     lemma, draws = 0.0, []
     for _ in range(args.num_draws):
         P_hat = estimate(rng, P, N)
@@ -247,27 +252,28 @@ def experiment(
         errors = [np.abs((P - P_hat) @ V).max() for V in (V_hat, V_star, V_hat_star)]
         loss = np.abs(V_star - policy_value(P, r, model_policy, gamma)).max()
         l1 = np.abs(P - P_hat).sum(axis=2).max()
-        draws.append([l1, *errors, loss, gamma / (1 - gamma) * (errors[1] + errors[2]), *counterexample(rng, N, gamma)])
-    l1s, policies, optima, model_optima, losses, loss_bounds, counters, counter_l1s = np.array(draws).T
-    rows, hoeffding = l1_bound(S, A, N, args.delta), hoeffding_bound(S, A, N, args.delta, gamma)
+        draws.append([l1, *errors, loss, gamma / (1 - gamma) * (errors[1] + errors[2]), counterexample(rng, N, gamma)])
+    if lemma > 1e-12 / (1 - gamma) ** 2:
+        sys.exit(f"equation (L) is violated by {lemma:.1e}, which is more than rounding")
+    l1s, policy_errors, optimal_errors, model_errors, losses, loss_bounds, counter_errors = np.array(draws).T
+    l1_limit, hoeffding = l1_bound(S, A, N, args.delta), hoeffding_bound(S, A, N, args.delta, gamma)
     counter_hoeffding = hoeffding_bound(N + 1, 2, N, args.delta, gamma)
     metrics = {
         "check/simulation_lemma_error": lemma,
         "error/l1": l1s.mean(),
-        "error/policy_value": policies.mean(),
-        "error/optimal_value": optima.mean(),
-        "error/model_optimal_value": model_optima.mean(),
-        "error/counterexample": counters.mean(),
-        "bound/l1": rows,
-        "bound/l1_value": rows / (1 - gamma),
+        "error/policy_value": policy_errors.mean(),
+        "error/optimal_value": optimal_errors.mean(),
+        "error/model_optimal_value": model_errors.mean(),
+        "error/counterexample": counter_errors.mean(),
+        "bound/l1": l1_limit,
+        "bound/l1_value": l1_limit / (1 - gamma),
         "bound/hoeffding": hoeffding,
         "bound/counterexample": counter_hoeffding,
-        "coverage/l1": (l1s <= rows).mean(),
-        "coverage/policy_value": (policies <= hoeffding).mean(),
-        "coverage/optimal_value": (optima <= hoeffding).mean(),
-        "coverage/model_optimal_value": (model_optima <= hoeffding).mean(),
-        "coverage/counterexample": (counters <= counter_hoeffding).mean(),
-        "coverage/counterexample_l1": (counter_l1s <= l1_bound(N + 1, 2, N, args.delta)).mean(),
+        "coverage/l1": (l1s <= l1_limit).mean(),
+        "coverage/policy_value": (policy_errors <= hoeffding).mean(),
+        "coverage/optimal_value": (optimal_errors <= hoeffding).mean(),
+        "coverage/model_optimal_value": (model_errors <= hoeffding).mean(),
+        "coverage/counterexample": (counter_errors <= counter_hoeffding).mean(),
         "value/loss": losses.mean(),
         "value/bound": loss_bounds.mean(),
     }
@@ -290,6 +296,7 @@ def main(args: Args) -> dict[str, float]:
     begin, rng = time.perf_counter(), np.random.default_rng(args.seed)
     P, r = random_problem(rng, args.num_states, args.num_actions, args.concentration)
     policy = rng.integers(args.num_actions, size=args.num_states)
+    _, V_star = optimal_policy(P, r, args.gamma)
     run_dir = new_run_dir(args)
     try:
         run_dir.mkdir(parents=True)
@@ -297,11 +304,11 @@ def main(args: Args) -> dict[str, float]:
         fail(f"--log-dir {args.log_dir}: {error.strerror}")
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     print(f"{run_dir}: {args.num_states} states, {args.num_actions} actions, {args.num_draws} draws of each size")
-    print("      N   lemma   |(P-P^)V*|  bound   V^pi in (2)  counterexample in (2)   value lost")
+    print("      N   lemma   |(P-P^)V*|  bound   inside of (2)  counterexample inside   value lost")
     with (run_dir / "metrics.csv").open("w") as file:
         file.write("step,tag,value\n")
         for N in args.num_samples:
-            metrics = experiment(rng, P, r, policy, N, args)
+            metrics = experiment(rng, P, r, policy, V_star, N, args)
             file.writelines(f"{N},{tag},{value!r}\n" for tag, value in metrics.items())
             file.flush()
             print(
@@ -316,4 +323,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

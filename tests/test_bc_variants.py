@@ -113,15 +113,31 @@ def test_the_autoregressive_probabilities_sum_to_one_and_see_only_what_came_befo
     one, other = policy.log_probs(x, torch.tensor([[0.2, 0.9]])), policy.log_probs(x, torch.tensor([[0.2, -0.9]]))
     assert torch.equal(one, other), "the last dimension is seen by none"
     third = policy.log_probs(x, torch.tensor([[-0.7, 0.9]]))
-    same_bin = policy.log_probs(x, torch.tensor([[-0.55, 0.9]]))  # centres -1, -0.6, -0.2, ..
-    assert torch.equal(third, same_bin) and not torch.equal(third, policy.log_probs(x, torch.tensor([[-0.9, 0.9]])))
     assert torch.equal(one[0], third[0]) and not torch.allclose(one[1], third[1])
     policy.nets.weights[0].data *= 10  # so that what came before matters
     many = torch.randn(20, 3)
     decided = policy.decide(many, False)
-    again = policy.log_probs(many, decided)[1].exp()
+    again = policy.log_probs(many, policy.bins(decided, 0.5))[1].exp()
     near = again * ((torch.arange(6) - again.argmax(1, keepdim=True)).abs() <= 1)
     torch.testing.assert_close(decided[:, 1], near @ centres / near.sum(1))
+
+
+def test_what_came_before_is_seen_as_a_bin_and_drawn_as_in_a_sample():
+    policy = small("autoregressive", num_bins=6)  # centres -1, -0.6, -0.2, ..
+    u = torch.tensor([[-1.0, -0.7], [-0.55, 1.0]])
+    torch.testing.assert_close(policy.bins(u, 0.5), torch.tensor([[-1.0, -0.6], [-0.6, 1.0]]))
+    torch.manual_seed(0)
+    drawn = policy.bins(u.expand(20_000, 2, 2), torch.rand(20_000, 2, 2))
+    share = (drawn[..., None] - policy.centres).abs().argmin(-1)
+    counts = torch.nn.functional.one_hot(share, 6).float().mean(0)
+    torch.testing.assert_close(counts, policy.shares(u), atol=0.02, rtol=0)
+    x, b = torch.randn(7, 3), policy.bins(torch.rand(7, 2) * 2 - 1, 0.5)
+    for i in range(2):
+        torch.testing.assert_close(policy.probs(i, x, b), policy.log_probs(x, b)[i].exp())
+    seen, original = [], policy.log_probs
+    policy.log_probs = lambda x, b: seen.append(b) or original(x, b)
+    policy.error(torch.randn(500, 3), torch.full((500, 2), -0.7))
+    assert seen[0].unique().tolist() == pytest.approx([-1.0, -0.6]), "training sees both of them"
 
 
 def test_the_best_bin_is_averaged_with_its_neighbours_and_with_no_other():
@@ -189,9 +205,10 @@ def test_what_was_held_out_stays_held_out_through_dagger():
     data.add(*rows(5), torch.arange(5).repeat_interleave(10))
     more_train, more_test = data.split(0.1, seed=1)
     assert set(test.tolist()) <= set(more_test.tolist()) and set(train.tolist()) <= set(more_train.tolist())
-    assert sorted(torch.cat([more_train, more_test]).tolist()) == list(range(250)) and len(more_test) == 30
-    held = data.episode[more_test].unique()
-    assert not torch.isin(data.episode[more_train], held).any()
+    assert sorted(torch.cat([more_train, more_test]).tolist()) == list(range(250))
+    assert sorted(more_test.tolist())[20:] == [*range(more_test.max() - 4, more_test.max() + 1)], "half of an episode"
+    held = data.episode[test].unique()
+    assert len(more_test) == 25 and not torch.isin(data.episode[more_train], held).any()
 
 
 def test_the_diffusion_loss_hides_the_action_by_the_schedule():
@@ -331,6 +348,14 @@ def test_recorded_data_of_both_kinds(tmp_path):
     kept = stored(third)["data"]
     assert torch.equal(kept["obs"], ours["obs"][:, 1:]), "x is hidden from a policy"
     assert kept["expert_return"] == pytest.approx(20.0)
+    ours |= {"episode": torch.tensor([7] * 40 + [3] * 15 + [5] * 5), "terminated": torch.zeros(60)}
+    ours["terminated"][54] = 1.0
+    torch.save(ours, tmp_path / "ours.pt")
+    cut = bc.from_file(str(tmp_path / "ours.pt"), "HalfCheetah-v5", 17, 1, 6)
+    assert cut.expert_return == pytest.approx((40 + 15) / 2), "the last was cut short: neither long nor terminated"
+    torch.save(arrays | {"episode": np.repeat([4, 2], len(data["obs"]) // 2)}, tmp_path / "arrays.pt")
+    numbered = bc.from_file(str(tmp_path / "arrays.pt"), "Pendulum-v1", 3, 0, 1)
+    assert numbered.episode.unique().tolist() == [2, 4]
 
 
 def test_a_minari_dataset_made_here_loads_and_trains(tmp_path, monkeypatch, capsys):
@@ -507,6 +532,8 @@ def test_an_early_stop_goes_back_to_the_best(tmp_path, monkeypatch):
     final = stored(run_dir)["average"]
     assert all(torch.equal(final[name], weights[1][name]) for name in final)
     assert not all(torch.equal(final[name], weights[3][name]) for name in final)
+    found = [float(row[2]) for row in csv.reader((run_dir / "metrics.csv").open()) if row[1] == "losses/holdout_loss"]
+    assert found == [3.0, 1.0, 2.0, 2.5], "what ended the fit is logged"
 
 
 def test_the_running_mean_is_one(tmp_path):
@@ -545,7 +572,7 @@ def test_demonstrations_that_cannot_be(tmp_path, capsys):
     assert exit.value.code == 2 and "expert.pt: fc2.weight has 1 non-finite values, the first in row 0" in err
 
 
-def test_a_moved_expert_is_asked_and_samples_are_evaluated_after_all(tmp_path):
+def test_a_moved_expert_is_asked_and_samples_are_evaluated_after_all(tmp_path, capsys):
     result, run_dir = run(tiny(tmp_path, variant="gmm"))
     moved = (tmp_path / "expert.pt").rename(tmp_path / "moved.pt")
     again = bc.main(bc.parse_args(["--resume", str(run_dir), "--eval-only", "--sample"]))
@@ -553,6 +580,11 @@ def test_a_moved_expert_is_asked_and_samples_are_evaluated_after_all(tmp_path):
     bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "1", "--expert", str(moved)]))
     with pytest.raises(SystemExit):
         bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "2", "--sample"]))
+    moved.unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "2"]))
+    assert exit.value.code == 2 and f"no expert in {moved}" in capsys.readouterr().err
 
 
 def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
@@ -565,8 +597,11 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"expert": "no-such-file.pt"}, "mbpo_sac.py --env-id Pendulum-v1"),
-        ({"expert": None}, "no such file; make it with"),
+        ({"expert": "no-such-file.pt"}, "no expert in no-such-file.pt"),
+        ({"expert": None}, "make it with: python mbpo_sac.py --env-id Pendulum-v1"),
+        ({"expert": "scaled"}, "exceeds the bounds of Pendulum-v1's actions by up to 2"),
+        ({"expert": "scaled", "data": "plain", "dagger_rounds": 1}, "exceeds the bounds"),
+        ({"sample": True}, "--sample: mse is a point"),
         ({"expert": None, "data": "plain", "dagger_rounds": 1}, "needs an expert to ask"),
         ({"data": "plain", "minari_id": "x"}, "two sources"),
         ({"expert": "other"}, "was made for Other-v0, not for Pendulum-v1"),
@@ -595,6 +630,7 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     actor = make_expert(tmp_path / "good.pt")
     files |= {"other": {"env_id": "Other-v0", "actor": actor.state_dict()}, "shape": {"fc1.weight": torch.zeros(3)}}
     whole = actor.state_dict()
+    files |= {"scaled": whole | {"action_scale": 2 * whole["action_scale"]}}
     files |= {"headless": {k: v for k, v in whole.items() if k != "fc_mean.bias"}, "listed": whole | {"fc2.bias": [1]}}
     for name, contents in files.items():
         torch.save(contents, tmp_path / name)

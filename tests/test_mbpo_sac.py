@@ -311,9 +311,36 @@ def test_a_fit_stops_when_nothing_gets_better_and_learns_before():
     before = sac.member_errors(model, *test)
     args = sac.Args(ensemble_size=3, model_batch_size=64, max_train_steps=20_000, patience=5)
     _, metrics = sac.fit_members(model, optimizer, buffer, args)
-    steps = metrics["model/train_steps"]
-    assert 6 * 25 <= steps < 20_000 and steps % 25 == 0, "whole epochs of 1,600 / 64 steps, six stale ones at the end"
+    steps, epoch = metrics["model/train_steps"], math.ceil(len(sac.hold_out(buffer, args)[0]) / 64)
+    assert 6 * epoch <= steps < 20_000 and steps % epoch == 0, "whole epochs, six stale ones at the end"
     assert (sac.member_errors(model, *test) < 0.2 * before).all()
+
+
+def test_what_is_held_out_stays_so_as_the_buffer_grows_and_goes_round():
+    args, buffer = sac.Args(model_holdout=0.25, seed=3), sac.ReplayBuffer(3_000, 4, 2, torch.device("cpu"))
+    known: set[int] = set()
+    for _ in range(9):
+        buffer.add(**{name: column[:500] for name, column in filled(500).columns().items()})
+        train, test = sac.hold_out(buffer, args)
+        assert sorted([*train.tolist(), *test.tolist()]) == list(range(buffer.size))
+        assert abs(len(test) - 0.25 * buffer.size) < 60 and known <= set(test.tolist())
+        known = set(test.tolist())
+    buffer.size = 1
+    assert sac.hold_out(buffer, args)[1].tolist() == [0]
+    many = sac.ReplayBuffer(60_000, 1, 1, torch.device("cpu"))
+    many.size = 60_000
+    train, test = sac.hold_out(many, args)
+    assert len(test) == 5_000 and len(train) == pytest.approx(45_000, abs=500)
+
+
+def test_no_fit_sees_what_is_held_out():
+    buffer, args = filled(), sac.Args(ensemble_size=3, model_batch_size=64, max_train_steps=20)
+    _, test = sac.hold_out(buffer, args)
+    buffer.next_obs[test] = 1e6
+    model, optimizer = model_and_optimizer(buffer)
+    _, metrics = sac.fit_members(model, optimizer, buffer, args)
+    assert model.target_normaliser.mean.abs().max() < 1 and metrics["model/train_loss"] < 10
+    assert metrics["model/holdout_mse"] > 1e6
 
 
 def test_only_the_elites_are_left():
@@ -478,7 +505,7 @@ def test_rollout_error_is_nothing_for_a_perfect_model_and_leaves_ended_episodes_
 
 
 @pytest.mark.parametrize("changes", [{}, {"rollout_length": 0}])
-def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, changes):
+def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, capsys, changes):
     policy = tmp_path / "policy.pt"
     result, run_dir = run(tiny(tmp_path, save_policy=str(policy), total_timesteps=2_010, **changes))
     tags = {row[1] for row in csv.reader((run_dir / "metrics.csv").open())} - {"tag"}
@@ -495,21 +522,18 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     with pytest.raises(SystemExit) as exit:
         sac.main(sac.parse_args(["--resume", str(run_dir), "--total-timesteps", "1_000"]))
     assert exit.value.code == 2
+    assert ("no model" if changes else "reward and termination learned") in capsys.readouterr().out
     assert again == {name: value for name, value in result.items() if name != "minutes"}
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     # The saved actor, rebuilt from its file alone, earns the same.
     saved = torch.load(policy, weights_only=True)
-    weights = saved["actor"]
-    scale, bias = weights["action_scale"], weights["action_bias"]
-    actor = sac.Actor(weights["fc1.weight"].shape[1], bias - scale, bias + scale, len(weights["fc1.bias"]))
-    actor.load_state_dict(weights)
+    actor = sac.load_policy(str(policy))
     returns = []
     for episode in range(2):
         env = gym.make(saved["env_id"], max_episode_steps=saved["max_episode_steps"])
         obs, over, total = env.reset(seed=1_000_001 + episode)[0], False, 0.0
         while not over:
-            with torch.no_grad():
-                obs, reward, terminated, truncated, _ = env.step(actor.mode(torch.from_numpy(obs)[None])[0].numpy())
+            obs, reward, terminated, truncated, _ = env.step(actor.mode(torch.as_tensor(obs).float()).numpy())
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
     assert np.mean(returns) == pytest.approx(result["eval/episodic_return"], rel=1e-5)
@@ -614,7 +638,7 @@ def test_a_diverged_model_does_not_overwrite_the_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr(sac, "train_step", broken)
     with pytest.raises(SystemExit) as exit:
         sac.main(tiny(tmp_path, rollout_length=1, checkpoint_every=5, max_train_steps=3))
-    assert "non-finite model/train_loss" in exit.value.code
+    assert "non-finite model/train_loss" in exit.value.code and "smaller --model-learning-rate" in exit.value.code
 
 
 @pytest.mark.parametrize(
@@ -625,6 +649,7 @@ def test_a_diverged_model_does_not_overwrite_the_checkpoint(tmp_path, monkeypatc
         ({"buffer_size": 1}, "--buffer-size must be at least 2"),
         ({"elite_members": 4}, "--elite-members 4 of --ensemble-size 3"),
         ({"real_ratio": 1.5}, "--real-ratio"),
+        ({"real_ratio": 1.0}, "--real-ratio 1 makes no use of a model"),
         ({"rollout_schedule": (5, 5, 1, 2)}, "--rollout-schedule"),
         ({"rollout_schedule": (1, 5, 1, 2), "rollout_length": 0}, "without a model nothing grows"),
         ({"eval_only": True}, "--eval-only needs --resume"),

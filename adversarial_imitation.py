@@ -26,27 +26,29 @@ Here r is what the discriminator says of a step:
 
     D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
     GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
-    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f                                                           (6)
+    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f,   log π kept within ±5                                   (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
 not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. But
 the penalty keeps f from being steep, and to be as sure as an expert that hardly varies costs more entropy than such an
-f can pay for: α is 0.1, unless --alpha says otherwise.
+f can pay for: AIRL's α is 0.1, unless --alpha says otherwise. log π is kept within bounds, or the density of the
+expert's actions under a policy that does something else would decide everything: D would be sure, and f would learn
+nothing.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
 staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
 goes on in an absorbing state a until the time limit, for the expert and for the policy, and the discriminator judges
-that state, too. It is a single point: its best logit is the logarithm of how much more often the expert is there (a
-share below one in a thousand counts as that: where neither ever ends, there is nothing to be told apart). In equation 4
-the steps before the end count as much as there are of them,
+that state, too. With p the share of the time limit that is spent there, its logit and those of all other steps are
 
-    logit(a) = log(p_expert(a) / p_policy(a)),   within ±5                                                          (8)
+    logit(a) = log(p_expert / p_policy),     logit + log((1 - p_expert) / (1 - p_policy))   for all others          (8)
     a step that ends the episode is paid  r + γ / (1 - γ) · r(a)                                                    (9)
 
-`--no-absorbing` pays nothing. `--algo control` pays 1 for each step and is told nothing of the expert: what it earns is
-what staying alive is worth, and no merit of imitation.
+for D is trained on as many steps of the one as of the other, of which the policy that falls early has fewer. Both
+logarithms are kept within ±5, and a share below one in a thousand counts as that. `--no-absorbing` does neither.
+`--algo control` pays 1 for each step and learns nothing of the expert (whose return is only the yardstick): where
+episodes can end, what it earns is what staying alive is worth, and no merit of imitation.
 
 Pseudocode:
 
@@ -54,8 +56,8 @@ Pseudocode:
     for each environment step:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
         every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
-            10 (|∇ h or ∇ f| - 1)² between the two of them                               (the gradient penalty)
-        batch <- buffer, its rewards by equation 5 (over their spread) or 6, and 9;  one step of SAC
+            10 max(0, |∇ h or ∇ f| - 1)² between the two of them                         (the gradient penalty)
+        batch <- buffer, its rewards by equations 8, 5 (over their spread) or 6, and 9;  one step of SAC
 
 Usage:
 
@@ -65,12 +67,13 @@ Usage:
     python adversarial_imitation.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
     python adversarial_imitation.py --resume RUN_DIR                  # go on exactly where it stopped
     python adversarial_imitation.py --resume RUN_DIR --eval-only      # the evaluation of that run again
-    python adversarial_imitation.py --resume RUN_DIR --save-policy imitator.pt    # its actor: load_expert(..).mode(obs)
+    python adversarial_imitation.py --resume RUN_DIR --save-policy imitator.pt    # its actor, as those of mbpo_sac.py
 
 Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-policy` or of CleanRL's SAC, a Minari
 dataset, or a file of --save-data or a dict of `observations`, `actions` and `mean_reward` (not for AIRL, which needs to
-know what follows what). Files say which episodes ended and which were only cut short; a dict of observations does not,
-and is taken for an expert whose episodes never end. Episodes that are played here ended if they are short.
+know what follows what); all of a file is used. Files say which episodes ended and which were only cut short; a dict of
+observations does not, and is taken for an expert whose episodes never end. Episodes that the expert plays here ended if
+they are short.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -82,15 +85,15 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_length        their mean length
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     losses/discriminator_loss   equation 4, mean over the steps since the last log, as are the following
-    losses/gradient_penalty     (|∇ h| - 1)², or of f
+    losses/gradient_penalty     max(0, |∇ h| - 1)², or of f
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
-    losses/reward_spread        standard deviation of equation 5, by which it is divided; 1 for equation 6
-    losses/absorbing_reward     r(a) of equations 8 and 9, before that
+    losses/reward_spread        running standard deviation of equation 5, by which it is divided (at least by 0.1)
+    losses/absorbing_reward     r(a) of equations 8 and 9, before that; softplus(0) or 0 where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
-    losses/entropy              -log π(a|s)
+    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: in half-ranges)
     losses/qf_values            min Q of the batch
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environment
@@ -98,9 +101,13 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_updates          in gradient steps of actor and critic
     time/share_other            in evaluation, logging and checkpoints
 
+(`--algo control` has nothing to log of the discriminator.)
+
 Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps
-instead of its own alone; equation 8 in place of a network's output; GAIL's rewards are scaled, not shifted; SAC's
-actor, critics and temperature step together, by the weights before.
+instead of its own alone, whose log π is by then another one; equation 8 in place of a network's output; a penalty on
+slopes above 1 alone (it would tilt a discriminator that is sure of itself, and learns no more, anyhow); GAIL's rewards
+are scaled, not shifted, AIRL's are neither; the expert that plays here plays its best guess, and so has no density;
+SAC's actor, critics and temperature step together, by the weights before.
 
 Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
 (equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
@@ -300,7 +307,8 @@ def check_args(args: Args) -> None:
     sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
     two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
     require(len(sources) < 2, f"{two} are two sources: give one of them")
-    require(args.algo != "airl" or args.alpha != 0, "--alpha 0: AIRL's discriminator divides by it")
+    cold = f"--alpha {args.alpha}: AIRL's discriminator divides by it, give at least 0.001"
+    require(args.algo != "airl" or args.alpha is None or args.alpha >= 1e-3, cold)
     fixed = args.algo == "airl" or args.alpha is not None
     require(target == "auto" or not fixed, "--target-entropy is for an --alpha that adapts itself, this one is fixed")
     if args.data is not None and args.resume is None:
@@ -783,7 +791,7 @@ class Discriminator(nn.Module):
         super().__init__()
         units = args.discriminator_units
         self.airl = args.algo == "airl"
-        self.alpha = (fixed_alpha(args) if self.airl else None) or 1.0  # of equation 6
+        self.alpha = fixed_alpha(args) or 1.0 if self.airl else 1.0  # of equation 6
         self.gamma, self.low, self.high = args.gamma, low, high
         self.normaliser = Normaliser(obs_dim)
         self.head = nn.Sequential(
@@ -806,7 +814,7 @@ class Discriminator(nn.Module):
         return found[:, 0]
 
     def logit(self, step: Step, log_prob: Tensor) -> Tensor:
-        return self.score(step) / self.alpha - log_prob if self.airl else self.score(step)
+        return self.score(step) / self.alpha - log_prob.clamp(-5, 5) if self.airl else self.score(step)
 
     def reward(self, score: Tensor) -> Tensor:
         return score if self.airl else F.softplus(score)
@@ -903,7 +911,7 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
 
 def train_discriminator(
     discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, expert: Transitions,
-    policy: Transitions, weight: float, alive: tuple[float, float] = (1.0, 1.0),
+    policy: Transitions, weight: float,
 ) -> Tensor:  # fmt: skip
     """One gradient step on equation 4 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
     steps, logits = [discriminator.steps(*each) for each in (expert, policy)], []
@@ -911,8 +919,7 @@ def train_discriminator(
         with torch.no_grad():
             density = log_prob(actor, obs, action) if discriminator.airl else torch.zeros(())
         logits.append(discriminator.logit(step, density))
-    # -log D and -log(1 - D), by the shares of the time limit that the expert and the policy live to see.
-    loss = alive[0] * F.softplus(-logits[0]).mean() + alive[1] * F.softplus(logits[1]).mean()
+    loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()  # -log D and -log(1 - D)
 
     mix = torch.rand(len(expert[0]), 1, device=actor.action_bias.device)
     between = Step(*(mix * one + (1 - mix) * two for one, two in zip(*steps, strict=True)))
@@ -920,7 +927,7 @@ def train_discriminator(
         part.requires_grad_() for part in (between.x, between.u, between.next_x)[: 3 if discriminator.airl else 2]
     ]
     slopes = torch.autograd.grad(discriminator.score(between).sum(), inputs, create_graph=True)
-    penalty = (torch.cat(slopes, dim=-1).norm(dim=-1) - 1).square().mean()
+    penalty = F.relu(torch.cat(slopes, dim=-1).norm(dim=-1) - 1).square().mean()
     optimizer.zero_grad()
     (loss + weight * penalty).backward()
     optimizer.step()
@@ -928,7 +935,10 @@ def train_discriminator(
 
 
 class Absorption:
-    """How often the policy is in the absorbing state, over its last episodes; equation 8."""
+    """How often the policy is in the absorbing state, over its last episodes; equation 8.
+
+    An episode that did not end by itself counts as one of the full length: it was only cut short.
+    """
 
     def __init__(self, expert_share: float, limit: int):
         self.expert_share, self.limit, self.lengths = expert_share, limit, deque[int](maxlen=20)
@@ -938,10 +948,12 @@ class Absorption:
             return self.expert_share  # nothing is known yet
         return sum(self.limit - length for length in self.lengths) / (self.limit * len(self.lengths))
 
-    def logit(self) -> float:
-        """Within ±5, as far as a network that may not be steep would go."""
-        expert, policy = (max(share, 1e-3) for share in (self.expert_share, self.policy_share()))
-        return min(max(math.log(expert / policy), -5.0), 5.0)
+    def logits(self) -> tuple[float, float]:
+        """Of the absorbing state, and to be added to those of all others. Within ±5, as far as a network might go."""
+        expert, policy = self.expert_share, self.policy_share()
+        ratios = max(expert, 1e-3) / max(policy, 1e-3), max(1 - expert, 1e-3) / max(1 - policy, 1e-3)
+        there, elsewhere = (min(max(math.log(ratio), -5.0), 5.0) for ratio in ratios)
+        return there, elsewhere
 
     def state_dict(self) -> dict[str, Any]:
         return {"lengths": list(self.lengths)}
@@ -951,14 +963,14 @@ class Absorption:
 
 
 @torch.no_grad()
-def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor) -> Tensor:
-    """Equations 5 and 9 over their (running) spread, 6 and 9 as they are (B,)."""
+def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor, elsewhere: float) -> Tensor:
+    """Equations 5 and 9 over their (running) spread, 6 and 9 as they are (B,), with what equation 8 adds to logits."""
     step = discriminator.steps(*batch)
-    reward = discriminator.reward(discriminator.score(step))
+    reward = discriminator.reward(discriminator.score(step) + discriminator.alpha * elsewhere)
     if not discriminator.airl:
-        discriminator.spread.lerp_(reward.std(), 0.01)
+        discriminator.spread.lerp_(reward.std(), 0.001)
     reward = reward + step.terminated[:, 0] * discriminator.gamma / (1 - discriminator.gamma) * absorbing
-    return reward / discriminator.spread.clamp(min=1e-2)
+    return reward / discriminator.spread.clamp(min=0.1)
 
 
 # Differs: there is no model, and the environment's reward is a secret
@@ -972,7 +984,7 @@ def sample_batch(args: Args, buffer: ReplayBuffer, skip: int, newest: int | None
 
 
 def tell_apart(
-    args: Args, discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, absorption: Absorption,
+    args: Args, discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor,
     expert_steps: list[Tensor], buffer: ReplayBuffer,
 ) -> Tensor:  # fmt: skip
     """Train the discriminator on as many of the expert's transitions as of the policy's newest."""
@@ -980,9 +992,7 @@ def tell_apart(
     obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
     skip = buffer.obs.shape[1] - obs.shape[1]
     batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
-    lives = 1 - absorption.expert_share, 1 - absorption.policy_share()
-    alive = lives if args.absorbing else (1.0, 1.0)
-    return train_discriminator(discriminator, optimizer, actor, *batches, args.gradient_penalty, alive)
+    return train_discriminator(discriminator, optimizer, actor, *batches, args.gradient_penalty)
 
 
 class Means:
@@ -1390,8 +1400,7 @@ def main(args: Args) -> dict[str, float]:
 
     agent = Agent(obs_dim, low, high, replace(args, alpha=fixed_alpha(args)))
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
-    discriminator.normaliser.fit(expert_steps[0])
-    optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
+    judge_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
     absorption = Absorption(absorbed, limit)
     buffer = ReplayBuffer(
         min(args.buffer_size, args.total_timesteps + args.num_envs), envs.obs.shape[1], action_dim, device
@@ -1401,7 +1410,8 @@ def main(args: Args) -> dict[str, float]:
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": {}}
     means, judged = Means(device), DiscriminatorMeans(device)
     parts = {"agent": agent, "agent_optimizer": agent.optimizer}
-    parts |= {"discriminator": discriminator, "optimizer": optimizer, "absorption": absorption, "data": data}
+    parts |= {"discriminator": discriminator, "judge_optimizer": judge_optimizer}
+    parts |= {"absorption": absorption, "data": data}
     parts |= {"means": means, "judged": judged, "buffer": buffer, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
@@ -1421,24 +1431,29 @@ def main(args: Args) -> dict[str, float]:
             rows = interact(agent.actor, envs, skip, device, random=progress["step"] < args.initial_steps)
             buffer.add(**rows)
             progress["step"] = step = progress["step"] + args.num_envs
+            if step - args.num_envs < args.initial_steps <= step:  # by the expert alone, others would be far off scale
+                discriminator.normaliser.fit(torch.cat([expert_steps[0], buffer.obs[: buffer.size, skip:]]))
             due = partial(passes, step=step, taken=args.num_envs)
             if envs.finished:
-                absorption.lengths.extend(length for _, length in envs.finished)
+                over = rows["terminated"][envs.episode != rows["episode"]]
+                lengths = [length for _, length in envs.finished]
+                absorption.lengths.extend(length if end else limit for length, end in zip(lengths, over, strict=True))
                 mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
                 log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, step)
                 bar.set_postfix({"return": f"{mean_return:.0f}"})
             watch.lap("time/share_env")
 
             for number in range(max(step - args.num_envs, args.initial_steps) + 1, step + 1):
-                absorbing = discriminator.absorbing_reward(absorption.logit() if args.absorbing else None)
+                there, elsewhere = absorption.logits() if args.absorbing else (None, 0.0)
+                absorbing = discriminator.absorbing_reward(there)
                 if args.algo != "control" and number % args.discriminator_every == 0:
-                    found = tell_apart(args, discriminator, optimizer, agent.actor, absorption, expert_steps, buffer)
+                    found = tell_apart(args, discriminator, judge_optimizer, agent.actor, expert_steps, buffer)
                     judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
                     watch.lap("time/share_discriminator")
-                # Fool it.
                 batch = obs, action, next_obs, terminated = sample_batch(args, buffer, skip)
-                paid = args.algo == "control"
-                reward = torch.ones_like(terminated) if paid else learned_reward(discriminator, batch, absorbing)
+                reward = torch.ones_like(terminated)
+                if args.algo != "control":
+                    reward = learned_reward(discriminator, batch, absorbing, elsewhere)
                 means.add(agent.update(obs, action, next_obs, reward, terminated))
                 watch.lap("time/share_updates")
             bar.update(args.num_envs)

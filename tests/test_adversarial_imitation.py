@@ -114,6 +114,9 @@ def test_airls_logit_is_that_of_its_discriminator(alpha):
     """D = exp f / (exp f + π), Fu et al. 2018, at temperature 1."""
     judge, rows, log_prob = discriminator(alpha=alpha), batch(), torch.randn(32)
     step = judge.steps(*rows)
+    far = torch.full((32,), 40.0)
+    torch.testing.assert_close(judge.logit(step, far), judge.logit(step, far / 8)), "within ±5"
+    torch.testing.assert_close(judge.logit(step, -far), judge.logit(step, -far / 8))
     f = judge.score(step)
     played = (f / (alpha or 0.1)).exp()
     expected = played / (played + log_prob.exp())
@@ -149,11 +152,12 @@ def test_the_discriminators_loss_falls_on_a_fixed_batch(algo):
     assert all(weight.grad is None for weight in actor.parameters())
 
 
-@pytest.mark.parametrize("algo", ["gail", "airl"])
-def test_equation_1_and_the_penalty(algo):
+@pytest.mark.parametrize("algo, scale", [("gail", 3.0), ("gail", 0.5), ("airl", 3.0)])
+def test_equation_4_and_the_penalty(algo, scale):
     judge, expert, policy = discriminator(algo), batch(), batch()
     # With linear functions the slope is the same everywhere: over u and x, and for AIRL over next_x.
     judge.head, judge.potential = torch.nn.Linear(5, 1), torch.nn.Linear(3, 1)
+    judge.head.weight.data *= scale / judge.head.weight.norm()
     w, v, gamma = judge.head.weight[0].detach(), judge.potential.weight[0].detach(), 0.99
     if algo == "gail":
         slope = w.norm()
@@ -169,12 +173,14 @@ def test_equation_1_and_the_penalty(algo):
     expected = entropy(logits[0], torch.ones(32)) + entropy(logits[1], torch.zeros(32))
     before = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
     found = adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 0.0)
-    torch.testing.assert_close(found, torch.stack([expected, (slope - 1) ** 2, logits[0].mean(), logits[1].mean()]))
+    penalty = (slope - 1).clamp(min=0) ** 2
+    torch.testing.assert_close(found, torch.stack([expected, penalty, logits[0].mean(), logits[1].mean()]))
     plain = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
     assert any(not torch.equal(plain[name], before[name]) for name in before)
     judge.load_state_dict(before, strict=False)
     adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 5.0)
-    assert not torch.equal(judge.head.weight, plain["head.weight"]), "the penalty is trained on"
+    as_before = torch.equal(judge.head.weight, plain["head.weight"])
+    assert as_before == (scale < 1), "the penalty is trained on, where the slope is above 1"
 
 
 # ------------------------------------------------------------------------------------------------- the absorbing state
@@ -187,27 +193,33 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
     judge.spread.fill_(2.0)
     absorbing = judge.absorbing_reward(-1.5)
     torch.testing.assert_close(absorbing, torch.tensor(-0.15) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
-    found = adv.learned_reward(judge, rows, absorbing)
+    found = adv.learned_reward(judge, rows, absorbing, 0.0)
     # AIRL's f is made for its temperature: it is not scaled.
-    spread = 0.99 * 2.0 + 0.01 * raw.std() if algo == "gail" else judge.spread
+    spread = 0.999 * 2.0 + 0.001 * raw.std() if algo == "gail" else judge.spread
     torch.testing.assert_close(judge.spread, spread)
     torch.testing.assert_close(found, (raw + rows[3] * 99 * absorbing) / spread)
+    rows = (*rows[:3], torch.zeros(500))
+    raw = judge.score(judge.steps(*rows)).detach()
+    more = adv.learned_reward(judge, rows, absorbing, 2.0) * judge.spread
+    torch.testing.assert_close(more, raw + 0.2 if algo == "airl" else torch.nn.functional.softplus(raw + 2.0))
+    judge.spread.fill_(1e-6)
+    assert algo == "airl" or adv.learned_reward(judge, rows, absorbing, 0.0).max() < 100
     assert judge.absorbing_reward(None) == 0
 
 
 def test_shares_of_the_absorbing_state():
     absorption = adv.Absorption(expert_share=0.25, limit=100)
-    assert absorption.logit() == 0, "nothing is known yet"
+    assert absorption.logits() == (0, 0), "nothing is known yet"
     absorption.lengths.extend([100, 50])  # one whole episode, one that ended half way
-    assert absorption.logit() == pytest.approx(0.0)
+    assert absorption.logits() == pytest.approx((0.0, 0.0))
     absorption.lengths.extend([25] * 18)
     share = (50 + 18 * 75) / 2_000
-    assert absorption.logit() == pytest.approx(math.log(0.25 / share))
+    assert absorption.logits() == pytest.approx((math.log(0.25 / share), math.log(0.75 / (1 - share))))
     absorption.lengths.extend([100] * 20)  # the oldest are forgotten; a share of nothing counts as a thousandth
-    assert absorption.logit() == pytest.approx(5.0), "within ±5"
-    rare = adv.Absorption(expert_share=1e-6, limit=100)
+    assert absorption.logits() == pytest.approx((5.0, math.log(0.75))), "within ±5"
+    rare = adv.Absorption(expert_share=1e-6, limit=1_000)
     rare.lengths.append(1)
-    assert rare.logit() == -5.0
+    assert rare.logits() == (-5.0, 5.0)
 
 
 def test_where_neither_ever_ends_ending_is_not_paid_for():
@@ -218,9 +230,9 @@ def test_where_neither_ever_ends_ending_is_not_paid_for():
         expert = adv.Demonstrations(obs, obs, episode, 1.0, torch.zeros(len(obs)))
         absorption = adv.Absorption(expert.absorbed(1_000), 1_000)
         absorption.lengths.extend([1_000] * 20)
-        assert absorption.logit() == 0
+        assert absorption.logits() == (0, 0)
         absorption.lengths.append(900)
-        assert absorption.logit() < -1
+        assert absorption.logits()[0] < -1
 
 
 def test_transitions_follow_each_other_within_an_episode():
@@ -290,18 +302,18 @@ def saved(tmp_path: Path, contents: dict[str, object]) -> Path:
     return tmp_path / "data.pt"
 
 
-def test_the_discriminators_optimum_is_one_for_the_absorbing_state_and_all_others():
-    """On a fixed batch of the same steps for both, only how long they live tells expert from policy."""
-    judge, rows = discriminator("gail"), batch(64)
-    optimizer = torch.optim.Adam(judge.parameters(), 3e-3)
-    actor = adv.Actor(3, LOW, HIGH, 8)
-    for _ in range(400):
-        adv.train_discriminator(judge, optimizer, actor, rows, rows, 0.0, (0.9, 0.3))
-    torch.testing.assert_close(judge.score(judge.steps(*rows)).mean().item(), math.log(0.9 / 0.3), rtol=0, atol=0.05)
-    # So it is with equation 8's, of what is left: all of it together is one discriminator.
-    absorption = adv.Absorption(expert_share=0.1, limit=10)
-    absorption.lengths.append(3)
-    assert absorption.logit() == pytest.approx(math.log(0.1 / 0.7)) and absorption.policy_share() == pytest.approx(0.7)
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_a_sure_discriminator_still_leans_towards_the_expert(algo):
+    """Expert and policy far apart: hardly a loss is left, but every step of the way to the expert pays."""
+    torch.manual_seed(0)
+    judge, actor = discriminator(algo), adv.Actor(3, LOW, HIGH, 8)
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+    for _ in range(1_500):
+        adv.train_discriminator(judge, optimizer, actor, batch(64, shift=3.0), batch(64, shift=-3.0), 10.0)
+    between = torch.linspace(-3.0, 3.0, 13)[:, None].expand(-1, 3)
+    actions, ends = ((LOW + HIGH) / 2).expand(13, -1), torch.zeros(13)
+    scores = judge.score(judge.steps(between, actions, between, ends))
+    assert (scores.diff() > 0).all()
 
 
 def test_the_newest_steps_are_the_newest_even_when_the_buffer_has_gone_round():
@@ -333,8 +345,13 @@ def test_the_discriminator_sees_the_policys_newest_steps(tmp_path, monkeypatch):
         return original(args, buffer, skip, newest)
 
     monkeypatch.setattr(adv, "sample_batch", watched)
-    run(tiny(tmp_path, newest=7))
+    _, run_dir = run(tiny(tmp_path, newest=7))
     assert sizes.count(7) == 25 and sizes.count(None) == 50
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    random = saved["buffer"]["obs"][: tiny(tmp_path).initial_steps]
+    scale = torch.cat([saved["data"]["obs"][:-1], random]).std(dim=0), random.std(dim=0)
+    torch.testing.assert_close(saved["discriminator"]["normaliser.std"], scale[0], rtol=0.05, atol=0)
+    assert not torch.allclose(scale[0], scale[1], rtol=0.05), "of expert and policy alike"
 
 
 @pytest.mark.parametrize("algo", ["gail", "airl", "control"])
@@ -367,29 +384,53 @@ def test_the_control_is_paid_one_for_each_step_and_knows_no_expert(tmp_path, mon
 def test_what_comes_after_the_end_reaches_discriminator_and_agent(tmp_path, monkeypatch, absorbing):
     """Expert and policy fall, each at its own times; --no-absorbing ends the episode where it ends."""
     seen: list[adv.Absorption] = []
-    begin, train, reward = adv.Absorption.__init__, adv.train_discriminator, adv.learned_reward
+    begin, reward = adv.Absorption.__init__, adv.learned_reward
 
     def remembered(self, *rest):
         begin(self, *rest)
         seen.append(self)
 
-    def trained(*rest):
-        shares = 1 - seen[0].expert_share, 1 - seen[0].policy_share()
-        assert rest[-1] == (shares if absorbing else (1.0, 1.0))
-        return train(*rest)
-
-    def paid(discriminator, batch, beyond):
-        assert beyond.item() == pytest.approx(math.log1p(math.exp(seen[0].logit())) if absorbing else 0.0, abs=1e-6)
-        return reward(discriminator, batch, beyond)
+    def paid(discriminator, batch, beyond, elsewhere):
+        there, others = seen[0].logits()
+        assert beyond.item() == pytest.approx(math.log1p(math.exp(there)) if absorbing else 0.0, abs=1e-6)
+        assert elsewhere == (others if absorbing else 0.0)
+        return reward(discriminator, batch, beyond, elsewhere)
 
     monkeypatch.setattr(adv.Absorption, "__init__", remembered)
-    monkeypatch.setattr(adv, "train_discriminator", trained)
     monkeypatch.setattr(adv, "learned_reward", paid)
     changes = dict(env_id="InvertedPendulum-v5", max_episode_steps=20, total_timesteps=90, absorbing=absorbing)
     _, run_dir = run(tiny(tmp_path, **changes))
     lengths = [float(row[2]) for row in logged(run_dir) if row[1] == "charts/episodic_length"]
     assert len(lengths) > 3 and sorted(seen[0].lengths) == sorted(lengths) and min(lengths) < 20
     assert 0 < seen[0].expert_share != seen[0].policy_share() > 0
+
+
+class CutShort(gym.Env):
+    """Gives up after five steps, by itself, and never ends."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full(3, self.steps / 5, np.float32), 0.0, False, self.steps == 5, {}
+
+
+def test_an_episode_that_was_cut_short_has_not_ended(tmp_path, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("CutShort-v0", CutShort, max_episode_steps=20)
+    monkeypatch.setitem(gym.registry, "CutShort-v0", spec)
+    rows = {"observations": torch.randn(40, 3), "actions": torch.rand(40, 1), "mean_reward": 1.0}
+    torch.save(rows, tmp_path / "data.pt")
+    changes = dict(env_id="CutShort-v0", data=str(tmp_path / "data.pt"), expert=None, max_episode_steps=None)
+    _, run_dir = run(tiny(tmp_path, **changes))
+    lengths = torch.load(run_dir / "checkpoint.pt", weights_only=True)["absorption"]["lengths"]
+    assert lengths and set(lengths) == {20}
+    assert {float(row[2]) for row in logged(run_dir) if row[1] == "charts/episodic_length"} == {5.0}
 
 
 def test_an_environment_that_does_not_exist_is_named_before_its_expert(tmp_path, capfd):
@@ -523,6 +564,7 @@ def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_pa
         ({"algo": "airl", "alpha": 0.0}, "AIRL's discriminator divides by it"),
         ({"log_dir": f"{__file__}/runs"}, "--log-dir"),
         ({"eval_only": True}, "--eval-only needs --resume"),
+        ({"algo": "airl", "alpha": 1e-9}, "AIRL's discriminator divides by it"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),
         ({"target_entropy": math.inf}, "--target-entropy"),
         ({"save_policy": "/no/such/folder/policy.pt"}, "--save-policy"),

@@ -319,8 +319,9 @@ def test_a_fit_stops_when_nothing_gets_better_and_learns_before():
 def test_what_is_held_out_stays_so_as_the_buffer_grows_and_goes_round():
     args, buffer = sac.Args(model_holdout=0.25, seed=3), sac.ReplayBuffer(3_000, 4, 2, torch.device("cpu"))
     known: set[int] = set()
-    for _ in range(9):
+    for number in range(9):
         buffer.add(**{name: column[:500] for name, column in filled(500).columns().items()})
+        torch.manual_seed(number)
         train, test = sac.hold_out(buffer, args)
         assert sorted([*train.tolist(), *test.tolist()]) == list(range(buffer.size))
         assert abs(len(test) - 0.25 * buffer.size) < 60 and known <= set(test.tolist())

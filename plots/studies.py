@@ -675,7 +675,7 @@ STUDIES: tuple[Study, ...] = (
     Study(
         name="mbpo-hopper",
         title="MBPO on Hopper-v5",
-        shows="Rollouts that grow from 1 to 15 steps, 20 updates a step, fits of at most 1,000 batches.",
+        shows="Rollouts that grow from 1 to 11 steps, 20 updates a step, fits of at most 1,000 batches.",
         runs=(
             Run(
                 name="mbpo",

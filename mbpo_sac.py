@@ -59,9 +59,9 @@ imagined steps, a fixed number of updates after each 5,000 steps) is
         --batch-size 1_500 --alpha 0.1 --model-batch-size 512 --max-train-steps 1_500 --patience None \
         --input-noise 0.01 --weight-decay 0 --no-wrap-angles
 
-Expect of SAC on HalfCheetah-v5 4,500 after 100,000 steps, 8,500 after 600,000 and 10,400 after a million (one seed, 2.7
-hours on one core of a server from 2023, with --train-dtype bfloat16, when the critics still stepped before the actor).
-With --compile, too, SAC makes 1.6 times as many steps in the same time (plots/speed.py, two threads).
+Expect of SAC on HalfCheetah-v5 5,000 after 100,000 steps, 9,500 after 600,000 and 11,100 after a million (seed 1; 1.7
+hours on one core of a server from 2023 that also did other things, with --train-dtype bfloat16 --compile), and of MBPO
+8,900 after 150,000 (seed 1; 3.3 hours, before what its model is tested by was held out for good).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two

@@ -976,11 +976,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    text = f"return {mean:.1f} ± {std:.1f} ({each})"
-    if "eval/predicted_return" in metrics:
-        promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
-        text += f"; plans promised {promised:.2f}, got {realised:.2f}"
-    return text
+    return f"return {mean:.1f} ± {std:.1f} ({each})"
 
 
 # Differs: an imitator is measured by its expert
@@ -1060,10 +1056,6 @@ class Logger:
         self.writer.close()
         save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
         print(f"{self.run_dir}: finished; its curves: tensorboard --logdir {self.run_dir.parent}")
-
-    def picture(self, tag: str, figure: Any, step: int) -> None:
-        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
-        self.writer.add_figure(tag, figure, step)
 
 
 class Checkpointer:

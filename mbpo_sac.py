@@ -539,6 +539,11 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     return reward, terminated
 
 
+def has_known_reward(env: gym.Env[Any, Any]) -> bool:
+    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
+    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
+
+
 def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     """Try the environment's own batch_reward and batch_terminated before they are planned with."""
     task: Any = env.unwrapped
@@ -939,11 +944,6 @@ class Agent(nn.Module):
         return means
 
 
-def has_known_reward(env: gym.Env[Any, Any]) -> bool:
-    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
-    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
-
-
 def make_optimizer(model: DynamicsModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Adam; the weights of the layers decay, biases and log-variance bounds do not."""
     weights = [*model.mlp.weights]
@@ -1167,11 +1167,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    text = f"return {mean:.1f} ± {std:.1f} ({each})"
-    if "eval/predicted_return" in metrics:
-        promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
-        text += f"; plans promised {promised:.2f}, got {realised:.2f}"
-    return text
+    return f"return {mean:.1f} ± {std:.1f} ({each})"
 
 
 @torch.no_grad()
@@ -1297,10 +1293,6 @@ class Logger:
         self.writer.close()
         save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
         print(f"{self.run_dir}: finished; its curves: tensorboard --logdir {self.run_dir.parent}")
-
-    def picture(self, tag: str, figure: Any, step: int) -> None:
-        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
-        self.writer.add_figure(tag, figure, step)
 
 
 class Checkpointer:
@@ -1549,9 +1541,8 @@ def main(args: Args) -> dict[str, float]:
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "elites": None, "seconds": 0.0, "metrics": {}}
     means = Means(device)
-    parts = {"agent": agent, "optimizer": agent.optimizer}
-    parts |= {"model": model, "model_optimizer": model_optimizer, "means": means}
-    parts |= {"buffer": buffer, "imagined": imagined, "envs": envs}
+    parts = {"agent": agent, "optimizer": agent.optimizer, "model": model, "model_optimizer": model_optimizer}
+    parts |= {"means": means, "buffer": buffer, "imagined": imagined, "envs": envs}
     with Checkpointer(run_dir, progress, parts) as checkpointer:
         if checkpoint:
             go_on(args, checkpointer, checkpoint)

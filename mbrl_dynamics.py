@@ -375,6 +375,11 @@ class VectorEnv:
         self.episode = state["episode"].numpy()
 
 
+def has_known_reward(env: gym.Env[Any, Any]) -> bool:
+    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
+    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
+
+
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -616,11 +621,6 @@ def load_model(path: str | Path) -> DynamicsModel:
 # ------------------------------------------------------------------------------------------------------ algorithm
 
 
-def has_known_reward(env: gym.Env[Any, Any]) -> bool:
-    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
-    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
-
-
 def make_optimizer(model: DynamicsModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Adam; the weights of the layers decay, biases and log-variance bounds do not."""
     weights = [*model.mlp.weights]
@@ -822,9 +822,10 @@ class Logger:
         save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
         print(f"{self.run_dir}: finished; its curves: tensorboard --logdir {self.run_dir.parent}")
 
-    def picture(self, tag: str, figure: Any, step: int) -> None:
-        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
-        self.writer.add_figure(tag, figure, step)
+
+def save_picture(log: Logger, tag: str, figure: Any, step: int) -> None:
+    figure.savefig(log.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
+    log.writer.add_figure(tag, figure, step)
 
 
 class Checkpointer:
@@ -1053,8 +1054,9 @@ def main(args: Args) -> dict[str, float]:
         metrics = one_step_metrics(model, *test) | open_loop_metrics(model, buffer, test_rows, scale.std)
         metrics |= {"time/env_s": progress["env_s"], "time/train_s": progress["train_s"]}
         log.scalars(metrics, progress["step"])
-        log.picture("pictures/loss_curve", draw_loss_curve(log.history), progress["step"])
-        log.picture("pictures/predictions", draw_predictions(model, buffer, test_rows, scale.std), progress["step"])
+        save_picture(log, "pictures/loss_curve", draw_loss_curve(log.history), progress["step"])
+        predictions = draw_predictions(model, buffer, test_rows, scale.std)
+        save_picture(log, "pictures/predictions", predictions, progress["step"])
         save_file(run_dir / "model.pt", {"config": config, "model": model.state_dict()})
         checkpointer.save()
     metrics["minutes"] = progress["seconds"] / 60

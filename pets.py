@@ -493,6 +493,11 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     return reward, terminated
 
 
+def has_known_reward(env: gym.Env[Any, Any]) -> bool:
+    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
+    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
+
+
 def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     """Try the environment's own batch_reward and batch_terminated before they are planned with."""
     task: Any = env.unwrapped
@@ -789,11 +794,6 @@ class GaussianEnsemble(DynamicsModel):
 # ------------------------------------------------------------------------------------------------------ algorithm
 
 
-def has_known_reward(env: gym.Env[Any, Any]) -> bool:
-    """Does the environment itself say what reward and termination follow from (obs, action, next_obs)?"""
-    return all(callable(getattr(env.unwrapped, name, None)) for name in ("batch_reward", "batch_terminated"))
-
-
 def make_optimizer(model: DynamicsModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Adam; the weights of the layers decay, biases and log-variance bounds do not."""
     weights = [*model.mlp.weights]
@@ -1052,11 +1052,13 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    text = f"return {mean:.1f} ± {std:.1f} ({each})"
-    if "eval/predicted_return" in metrics:
-        promised, realised = metrics["eval/predicted_return"], metrics["eval/realised_return"]
-        text += f"; plans promised {promised:.2f}, got {realised:.2f}"
-    return text
+    return f"return {mean:.1f} ± {std:.1f} ({each})"
+
+
+def describe_plans(metrics: dict[str, float]) -> str:
+    if "eval/predicted_return" not in metrics:
+        return ""  # no plan's horizon was lived
+    return f"; plans promised {metrics['eval/predicted_return']:.2f}, got {metrics['eval/realised_return']:.2f}"
 
 
 def evaluate(
@@ -1154,10 +1156,6 @@ class Logger:
         self.writer.close()
         save_text(self.run_dir / "result.json", json.dumps(result, indent=2))
         print(f"{self.run_dir}: finished; its curves: tensorboard --logdir {self.run_dir.parent}")
-
-    def picture(self, tag: str, figure: Any, step: int) -> None:
-        figure.savefig(self.run_dir / f"{tag.split('/')[-1]}.png", dpi=100)
-        self.writer.add_figure(tag, figure, step)
 
 
 class Checkpointer:
@@ -1415,7 +1413,7 @@ def main(args: Args) -> dict[str, float]:
             refresh(fast, model)
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, make_planner, args.eval_episodes, device, video, checkpointer.leave)
-            print(f"{run_dir}: {describe(again, returns)}")
+            print(f"{run_dir}: {describe(again, returns)}{describe_plans(again)}")
             return again
         log = Logger(run_dir, args, buffer.size if checkpoint else None)
         source = "known" if formulas else "learned"
@@ -1436,9 +1434,8 @@ def main(args: Args) -> dict[str, float]:
                 episodes = args.eval_episodes if last else args.interim_episodes
                 progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)
                 log.scalars(progress["metrics"], buffer.size)
-                print(
-                    f"iteration {iteration}, {buffer.size} steps: {describe(progress['metrics'], returns)}", flush=True
-                )
+                found = describe(progress["metrics"], returns) + describe_plans(progress["metrics"])
+                print(f"iteration {iteration}, {buffer.size} steps: {found}", flush=True)
                 progress["evaluated"] = True
                 checkpointer.save()
             if last:

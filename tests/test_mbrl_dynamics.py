@@ -519,7 +519,7 @@ def test_the_run_folder_lies_directly_in_the_log_folder(tmp_path):
 
 
 def test_every_training_setting_has_an_effect(tmp_path, monkeypatch):
-    monkeypatch.setattr(md.Logger, "picture", lambda *args: None)
+    monkeypatch.setattr(md, "save_picture", lambda *args: None)
     start = dict(train_steps=3, data=str(tmp_path / "data.pt"))
     run(tiny(tmp_path / "data", initial_steps=800, train_steps=1, save_data=start["data"]))
     usual = weights(run(tiny(tmp_path / "usual", **start))[1])

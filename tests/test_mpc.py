@@ -1065,7 +1065,7 @@ def test_bad_arguments(script, tmp_path, capfd, changes, words):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_reward_that_is_not_the_one_that_is_paid_is_noticed(script, env_id, told, tmp_path, capsys):
     script.main(tiny(script, tmp_path, env_id=env_id, num_iterations=1))
-    assert ("the reward that is planned for is" in capsys.readouterr().err) == told
+    assert ("the reward by formula is" in capsys.readouterr().err) == told
 
 
 def test_actions_at_a_rounded_bound_are_within_the_bounds(tmp_path):

@@ -88,7 +88,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/gradient_penalty     max(0, |∇ h| - 1)², or of f
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
-    losses/reward_spread        running standard deviation of equation 5, by which it is divided (at least by 0.1)
+    losses/reward_spread        running std of equation 5, by which it is divided (at least by 0.1); 1 for equation 6
     losses/absorbing_reward     r(a) of equations 8 and 9, before that; softplus(0) or 0 where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor

@@ -75,7 +75,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once
 
 Deviations: the expert always acts by its best guess; observations are standardised by the first round's training data
-in all rounds of DAgger; Adam goes on from one round to the next; --weight-decay decays biases, too.
+in all rounds of DAgger; Adam goes on from one round to the next, unless --stop-after went back; --weight-decay decays
+biases, too.
 
 Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
 (equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
@@ -1220,7 +1221,8 @@ def measure(policy: Policy, data: Demonstrations, train: Tensor, test: Tensor, s
 
 
 def load_clone(run_dir: str) -> Policy:
-    """What a run has learned: of `clone = load_clone("runs/...")` clone.act(torch.as_tensor(obs)[None].float())[0]."""
+    """What a run has learned: `clone = load_clone("runs/...")` and, for each observation,
+    `clone.act(torch.as_tensor(obs)[None].float())[0].numpy()`."""
     weights = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
     args, obs_dim = load_args(run_dir), len(weights["normaliser.mean"])
     policy = VARIANTS[args.variant](obs_dim, weights["low"], weights["high"], args)

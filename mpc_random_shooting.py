@@ -841,7 +841,10 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         warnings.warn("--compile needs a C++ compiler, going on without", stacklevel=2)
         return function
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else "default")
+    if device.type == "cuda":
+        return torch.compile(function, mode="reduce-overhead")
+    # PyTorch's own random numbers, the same as without --compile: a compiled loop would draw them one at a time.
+    return torch.compile(function, options={"fallback_random": True})
 
 
 def faster_dtype(device: torch.device) -> str:

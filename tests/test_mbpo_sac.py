@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -209,6 +210,19 @@ def test_the_gradients_compile_as_one_program(dtype, monkeypatch):
         found.append([agent.update(*rows) for _ in range(3)] + [*agent.parameters()])
     torch._dynamo.reset()
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_function_draws_the_same_random_numbers():
+    def draw(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn_like(x)
+
+    found = []
+    for function in (draw, sac.compiled(draw, torch.device("cpu"))):
+        torch.manual_seed(0)
+        found.append(function(torch.ones(5)))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found)
 
 
 def test_bfloat16_products_give_nearly_the_same_update():

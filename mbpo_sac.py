@@ -1520,6 +1520,7 @@ def prepare_torch(args: Args) -> torch.device:
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.set_flush_denormal(True)  # Adam's averages for units that rest fade below 1e-38, where a CPU is slow
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 

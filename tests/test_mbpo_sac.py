@@ -225,6 +225,14 @@ def test_a_compiled_function_draws_the_same_random_numbers():
     torch.testing.assert_close(*found)
 
 
+def test_averages_that_fade_to_denormal_numbers_become_zero():
+    torch.set_flush_denormal(False)
+    small = torch.full((5,), 1e-38)
+    assert (0.01 * small).all()
+    sac.prepare_torch(sac.Args(num_threads=1))
+    assert not (0.01 * small).any()
+
+
 def test_bfloat16_products_give_nearly_the_same_update():
     results = []
     for dtype in ("float32", "bfloat16"):

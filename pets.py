@@ -145,7 +145,7 @@ class Args:
     num_threads: int | None = None
     """CPU threads of PyTorch; None leaves its default (one per core)"""
     compile: bool = False
-    """compile the hot path with torch.compile (CUDA graphs on a GPU; needs a C++ compiler on a CPU)"""
+    """torch.compile for the hot path: CUDA graphs on a GPU; a CPU needs a C++ compiler, and minutes for a planner's"""
     track: bool = False
     """mirror TensorBoard to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "mbrl"

@@ -188,7 +188,7 @@ def return_panel(title: str, *runs: str, reported: tuple[Reported, ...] = ()) ->
     return Panel(tag="eval/episodic_return", y_label="evaluation return", title=title, runs=runs, reported=reported)
 
 
-# 1.6 times as many steps of SAC in the same time: see the speed table.
+# 1.7 times as many steps of SAC in the same time: see the speed table.
 FAST = "--train-dtype bfloat16 --compile"
 # The course's Dyna: deterministic members, averaged; one buffer for real and imagined steps; updates after each 5,000.
 Q6 = (

@@ -198,7 +198,7 @@ class Args:
     num_threads: int | None = None
     """CPU threads of PyTorch; None leaves its default (one per core)"""
     compile: bool = False
-    """torch.compile for the hot path: CUDA graphs on a GPU; a CPU needs a C++ compiler, and minutes for a planner's"""
+    """torch.compile for the hot path: CUDA graphs on a GPU; a CPU needs a C++ compiler, and up to minutes at first"""
     track: bool = False
     """mirror TensorBoard to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "mbrl"

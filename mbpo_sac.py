@@ -372,7 +372,8 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
     if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
         return []
     model, positions = task.model, np.array(task.data.qpos)
-    if not positions.any() or not np.allclose(task._get_obs()[: len(positions)], positions):
+    seen = np.ravel(task._get_obs())[: len(positions)]
+    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
         return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)

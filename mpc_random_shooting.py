@@ -192,7 +192,7 @@ class Args:
     horizon: int = 15
     """steps planned ahead"""
     num_candidates: int = 1_000
-    """action sequences tried at each step (CEM: in its first iteration, and then what a decay leaves of them)"""
+    """action sequences tried at each step (CEM: in each iteration; a decay makes them fewer)"""
     gamma: float = 1.0
     """discount factor"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -278,7 +278,8 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
     if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
         return []
     model, positions = task.model, np.array(task.data.qpos)
-    if not positions.any() or not np.allclose(task._get_obs()[: len(positions)], positions):
+    seen = np.ravel(task._get_obs())[: len(positions)]
+    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
         return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
@@ -1188,7 +1189,7 @@ def fit_model(
 
 
 def cut_short(envs: VectorEnv, chance: float) -> None:
-    """Begin anew here and there, never at the same age: what lasts long must be seen, too, but not all the time."""
+    """End an episode with this chance at each step: many beginnings are seen, and some long episodes, too."""
     for i, env in enumerate(envs.envs):
         if torch.rand(()).item() < chance and env.actions:
             envs.finished.append((env.episodic_return, len(env.actions)))

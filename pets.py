@@ -18,32 +18,39 @@ model is wrong and hopeful. PETS keeps two kinds of doubt apart: each member pre
 the world, and the members disagree about what they have not seen. A candidate plan is tried on several particles, each
 of which is a draw from both:
 
-    p_e(s' | s, a) = N(s + μ_e(s, a), σ_e²(s, a)),   e = 1 .. E, trained by its likelihood                          (1)
+    p_e(s' | s, a) = N(s + μ_e(s, a), σ_e²(s, a)),   e = 1 .. E                                                     (1)
     G_k = mean over particles p of Σ_t γ^t r(s_t^p, a_k,t, s_t+1^p),   s_t+1^p ~ p_e(p,t)(. | s_t^p, a_k,t)         (2)
 
     --propagation ts1           e(p, t) is drawn anew at each step: a particle may change its mind
     --propagation tsinf         e(p, t) = e(p): a particle keeps its member, and its opinion, for the whole horizon
     --propagation expectation   one particle that follows the mean over the members: no doubt at all
 
+Member e is trained on the likelihood of the normalised changes y = s' - s, with its log-variance λ_e = log σ_e² softly
+clamped between bounds that are learned, too:
+
+    loss_e = mean of (μ_e - y)² exp(-λ_e) + λ_e, + 0.01 Σ (λ_max - λ_min)                                           (3)
+
 The particles are dealt out to the members in equal parts, so that each costs one member's evaluation, not all of them.
 The plan is found by CEM, with a mean μ and a standard deviation σ for every action of the horizon (H, A):
 
-    a_k = μ + min(σ, distance to the bounds / 2) ε_k,   ε_k ~ N(0, I) cut off at ±2,   k = 1 .. K                   (3)
+    a_k = μ + min(σ, distance to the bounds / 2) ε_k,   ε_k ~ N(0, I) cut off at ±2,   k = 1 .. K                   (4)
     elites = the J sequences with the largest G_k
-    μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                            (4)
+    μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                            (5)
 
-M times over; then the first action of μ is executed, and all is planned anew one step later, from μ shifted by one.
+M times over; then the first action of μ is executed, and all is planned anew one step later, from μ shifted by one. Its
+new last action is the middle of the bounds: at a bound equation 4 leaves no spread, and a copy would never come back.
 
 Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
-        fit the ensemble on the whole buffer by equation 1 (train_steps gradient steps, see mbrl_dynamics.py)
+        fit the ensemble on the whole buffer by equation 3 (train_steps gradient steps)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
-        for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
+        for steps_per_iteration steps, except after the last iteration:
             μ <- last step's, shifted by one;  σ <- start_std
-            for i = 1 .. cem_iterations:  equations 3, 2, 4, for all environments, particles and candidates at once
+            for i = 1 .. cem_iterations:  equations 4, 2, 5, for all environments, particles and candidates at once
             s <- environment step with the first action of μ; buffer <- buffer + transition
+            with probability 1 / reset_every begin a new episode             (also while the first data are collected)
 
 Usage:
 
@@ -52,14 +59,14 @@ Usage:
     python pets.py --resume RUN_DIR                 # go on exactly where it stopped
     python pets.py --resume RUN_DIR --eval-only     # the evaluation of that run again
 
-The paper's setting for HalfCheetah, nineteen times the work at each step, is
+The planner of the authors' code for HalfCheetah, nineteen times the work at each step, is
 
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
         --horizon 30 --cem-iterations 5 --num-iterations 300 --initial-steps 1_000 --reset-every None
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
-and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
-more outputs of the ensemble. A particle earns nothing after a step that is predicted to end the episode.
+and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else
+learned by the ensemble, too. A particle earns nothing after a step that is predicted to end the episode.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
 
@@ -72,24 +79,25 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived or that fell
                                 in it: a bit too much, as elites are those that did well under just these draws
     eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
-    eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
+    eval/elite_std              std of the final elites in half-ranges, over all plans; near 0: the search has converged
+                                or is stuck at the bounds, where equation 4 leaves little spread
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
-    model/disagreement          std over the members of the same predictions
+    model/disagreement          std over the members of the means that they predict there
     time/plan_ms                milliseconds of one planning call (all environments), median over the collection
-    time/train_s                seconds of the fit (of a resumed run: since then, as are the next)
+    time/train_s                seconds of the fit (of one that was resumed: of the rest of it; so is the next)
     time/env_s                  seconds of the collection, planning included
 
 Deviations: fewer candidates, particles and steps ahead by default, so that one core will do; episodes are cut short now
-and then while collecting (--reset-every); a fit is a number of gradient steps, not of epochs, with one weight decay for
-all layers; the shifted plan repeats its last action (the authors' is zero there); the model sees angles as sine and
-cosine (the authors' code does so for the pitch of HalfCheetah); the particles of a member are as many as those of every
-other, at each step of ts1, too; all candidates of all environments share their particles' draws, so that a few are
-enough to rank them by; networks begin as PyTorch's own layers do; the first data are five episodes, not one;
-every member trains on all rows, and not on a bootstrap of them; targets are normalised, and each member has bounds of
-its own for the variance; no iteration of CEM is left out when σ is small.
+and then while collecting (--reset-every); a fit is a number of gradient steps (theirs is five epochs), in batches of
+256 (theirs are of 32), with one weight decay for all layers; the model sees angles as sine and cosine (the authors'
+code does so for the pitch of HalfCheetah); the particles of a member are as many as those of every other, at each step
+of ts1, too (so they are in the authors' code; the paper draws the members); all candidates of all environments share
+their particles' draws, so that a few are enough to rank them by; networks begin as PyTorch's own layers do; the first
+data are 5,000 steps, not one episode; every member trains on all rows, and not on a bootstrap of them; targets are
+normalised, and each member has bounds of its own for the variance; no iteration of CEM is left out when σ is small.
 
-Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 4: its sections 4 and 5, appendix A.1 for the bounds of
+Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 5: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
 """
 
@@ -221,7 +229,7 @@ class Args:
     horizon: int = 20
     """steps planned ahead"""
     num_candidates: int = 200
-    """action sequences tried at each step (CEM: in its first iteration, and then what a decay leaves of them)"""
+    """action sequences tried at each step (CEM: in each iteration; a decay makes them fewer)"""
     cem_iterations: int = 4
     """iterations of CEM at each step"""
     num_elites: int = 20
@@ -233,7 +241,7 @@ class Args:
     propagation: Literal["ts1", "tsinf", "expectation"] = "ts1"
     """which member moves a particle: a random one at each step, its own for the whole horizon, or the mean of all"""
     num_particles: int = 5
-    """particles for each candidate, a multiple of ensemble_size"""
+    """particles for each candidate, a multiple of ensemble_size (expectation: always one)"""
     gamma: float = 1.0
     """discount factor"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -294,7 +302,8 @@ def check_args(args: Args) -> None:
     other = {"seed": 0, "weight_decay": 0, "input_noise": 0, "initial_steps": 2, "num_elites": 2}
     check_fields(args, dict.fromkeys(one.split(), 1) | other)
     require(0 < args.cem_alpha <= 1, f"--cem-alpha must lie in (0, 1], got {args.cem_alpha}")
-    require(0 < args.start_std < float("inf"), f"--start-std must be positive, got {args.start_std}")
+    wide = f"--start-std must lie in (0, 0.5], got {args.start_std}: equation 4 cuts off what is more"
+    require(0 < args.start_std <= 0.5, wide)
     few = f"--num-elites {args.num_elites} of --num-candidates {args.num_candidates}: elites must be fewer"
     require(args.num_elites < args.num_candidates, few)
     uneven = f"--num-particles {args.num_particles} must be a multiple of --ensemble-size {args.ensemble_size}"
@@ -325,7 +334,8 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
     if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
         return []
     model, positions = task.model, np.array(task.data.qpos)
-    if not positions.any() or not np.allclose(task._get_obs()[: len(positions)], positions):
+    seen = np.ravel(task._get_obs())[: len(positions)]
+    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
         return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
@@ -897,18 +907,13 @@ def rank_last(returns: Tensor) -> Tensor:
     return torch.where(returns.isfinite(), returns, -torch.inf)
 
 
-def shift(plans: Tensor) -> Tensor:
-    """One step on: (.., H, A) without its first action, the last one repeated."""
-    return torch.cat([plans[..., 1:, :], plans[..., -1:, :]], dim=-2)
-
-
 # Differs: as in PETS, without the later refinements
 def cem(
     imagine: Imagine, obs: Tensor, mean: Tensor, low: Tensor, high: Tensor, args: Args
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 2 to 4 for B states at once, from `mean` (B, H, A).
+    """Equations 2, 4 and 5 for B states at once, from `mean` (B, H, A).
 
-    Returns the final mean (B, H, A), the return it promises (B,), and the elites' deviation in half-ranges.
+    Returns the final mean (B, H, A), what the last elites promise (B,), and their deviation in half-ranges, a number.
     """
     B, H, A = mean.shape
     half = (high - low) / 2
@@ -945,10 +950,10 @@ class Planner:
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions for obs (B, D), and the return that their plans promise: (B, A), (B,)."""
+        """Actions for obs (B, D), and the return that the last elites promise: (B, A), (B,)."""
         found = self.search(self.imagine, obs, self.mean, self.low, self.high, self.args)
         mean, promise, spread = (part.clone() for part in found)  # a CUDA graph overwrites its outputs
-        self.mean = shift(mean)
+        self.mean = torch.cat([mean[:, 1:], self.middle[-1:].expand(len(mean), 1, -1)], dim=1)  # one step on
         self.spread, self.plans = self.spread + spread, self.plans + 1
         return mean[:, 0], promise
 
@@ -1223,7 +1228,7 @@ MAY_CHANGE |= {"num_iterations", "save_data", "eval_only", "eval_episodes", "cap
 MAY_CHANGE |= {"interim_episodes"}
 # Evaluating changes nothing, and may try another plan with the same model.
 MAY_CHANGE_TO_EVALUATE = {"horizon", "num_candidates", "cem_iterations", "num_elites", "cem_alpha", "start_std"}
-MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "planner_dtype", "max_episode_steps"}
+MAY_CHANGE_TO_EVALUATE |= {"propagation", "num_particles", "gamma", "planner_dtype", "max_episode_steps"}
 
 
 def load_args(run_dir: str) -> Args:
@@ -1315,7 +1320,7 @@ def fit_model(
 
 
 def cut_short(envs: VectorEnv, chance: float) -> None:
-    """Begin anew here and there, never at the same age: what lasts long must be seen, too, but not all the time."""
+    """End an episode with this chance at each step: many beginnings are seen, and some long episodes, too."""
     for i, env in enumerate(envs.envs):
         if torch.rand(()).item() < chance and env.actions:
             envs.finished.append((env.episodic_return, len(env.actions)))

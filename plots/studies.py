@@ -729,7 +729,7 @@ STUDIES: tuple[Study, ...] = (
                 " --num-elites 50 --num-particles 20 --horizon 30 --cem-iterations 5 --num-iterations 2"
                 " --initial-steps 1_000 --reset-every None --eval-episodes 1 --interim-episodes 1",
                 minutes=180,
-                label="the paper's setting, 2,000 steps",
+                label="the authors' planner, 2,000 steps",
             ),
         ),
         panels=(return_panel("", reported=(Reported("PETS at 50k", 4204, "published, its own cheetah"),)),),

@@ -225,9 +225,25 @@ def test_the_plan_is_shifted_and_forgotten_at_the_end_of_an_episode():
     action, _ = planner(torch.randn(2, 4))
     torch.testing.assert_close(action, found[0][0][:, 0])
     torch.testing.assert_close(planner.mean[:, :-1], found[0][0][:, 1:])
-    torch.testing.assert_close(planner.mean[:, -1], found[0][0][:, -1])
+    assert torch.equal(planner.mean[:, -1], planner.middle[-1:].expand(2, -1))
     planner.reset(np.array([False, True]))
     assert not torch.equal(planner.mean[0], planner.middle) and torch.equal(planner.mean[1], planner.middle)
+
+
+def test_a_plan_at_a_bound_comes_back():
+    """What pays changes its sign every 20 steps, and the plans see it coming: none may stay at its old bound."""
+    low, high = -torch.ones(1), torch.ones(1)
+    sign = torch.ones(300)
+    sign[20:40] = sign[60:80] = -1
+    now = 0
+    imagine = lambda obs, plans: (plans[..., 0] * sign[now : now + plans.shape[2]]).sum(-1)  # noqa: E731
+    planner = pets.Planner(pets.Args(), imagine, low, high, 4)
+    torch.manual_seed(0)
+    earned = []
+    for now in range(80):
+        action, _ = planner(torch.zeros(4, 1))
+        earned.append((action * sign[now]).mean().item())
+    assert np.mean(earned) > 0.95
 
 
 def test_bad_arguments(tmp_path, capfd):
@@ -235,6 +251,7 @@ def test_bad_arguments(tmp_path, capfd):
         ({"num_particles": 7}, "--num-particles 7 must be a multiple of --ensemble-size 5"),
         ({"propagation": "both"}, "--propagation must be one of ts1, tsinf, expectation"),
         ({"num_elites": 200}, "--num-elites 200 of --num-candidates 200"),
+        ({"start_std": 0.6}, "--start-std must lie in (0, 0.5], got 0.6"),
     ):
         with pytest.raises(SystemExit) as exit:
             pets.main(pets.Args(log_dir=str(tmp_path / "runs"), **changes))

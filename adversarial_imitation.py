@@ -26,29 +26,30 @@ Here r is what the discriminator says of a step:
 
     D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
     GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
-    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f,   log π kept within ±5                                   (6)
+    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f                                                           (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
-not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. But
-the penalty keeps f from being steep, and to be as sure as an expert that hardly varies costs more entropy than such an
-f can pay for: AIRL's α is 0.1, unless --alpha says otherwise. log π is kept within bounds, or the density of the
-expert's actions under a policy that does something else would decide everything: D would be sure, and f would learn
-nothing.
+not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. Here
+the penalty keeps the slopes of f near 1, so f cannot fall by much beside the expert's action, and with α = 1 the
+entropy would outweigh it: noise would pay. AIRL's α is 0.1, unless --alpha says otherwise. In D log π, of actions
+scaled to [-1, 1], is kept within ±max(5, dimensions): the density of the expert's actions under a policy that does
+something else would decide everything, D would be sure, and f would learn nothing.
 
-What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) pay for
-staying alive, whatever the expert does, and rewards that may be negative for ending it quickly. So an ended episode
-goes on in an absorbing state a until the time limit, for the expert and for the policy, and the discriminator judges
-that state, too. With p the share of the time limit that is spent there, its logit and those of all other steps are
+What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) teach it to
+stay alive, whatever the expert does, and rewards that may be negative teach it to end quickly. So an episode that has
+ended goes on in an absorbing state `end`, for expert and policy alike, and D judges that state, too. D's network sees
+as many steps of the one as of the other, and no `end`. With p the share of the time limit that is spent in `end`,
 
-    logit(a) = log(p_expert / p_policy),     logit + log((1 - p_expert) / (1 - p_policy))   for all others          (8)
-    a step that ends the episode is paid  r + γ / (1 - γ) · r(a)                                                    (9)
+    logit(end) = log(p_expert / p_policy);   all other logits:  + log((1 - p_expert) / (1 - p_policy))              (8)
+    a step that ends the episode is paid  r + γ / (1 - γ) r(end), as if `end` went on for ever                      (9)
 
-for D is trained on as many steps of the one as of the other, of which the policy that falls early has fewer. Both
-logarithms are kept within ±5, and a share below one in a thousand counts as that. `--no-absorbing` does neither.
-`--algo control` pays 1 for each step and learns nothing of the expert (whose return is only the yardstick): where
-episodes can end, what it earns is what staying alive is worth, and no merit of imitation.
+set that right (AIRL: r(end) = α logit(end), and f gets α times the other one). Both logarithms are kept within ±5. A
+share of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must
+not pay. With --no-absorbing nothing comes after the end. `--algo control` pays 1 for each step and learns nothing of
+the expert (whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth,
+and no merit of imitation.
 
 Pseudocode:
 
@@ -56,7 +57,7 @@ Pseudocode:
     for each environment step:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
         every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
-            10 max(0, |∇ h or ∇ f| - 1)² between the two of them                         (the gradient penalty)
+            10 max(0, |∇| - 1)², ∇ that of h or f, at random points between the two      (the gradient penalty)
         batch <- buffer, its rewards by equations 8, 5 (over their spread) or 6, and 9;  one step of SAC
 
 Usage:
@@ -70,10 +71,10 @@ Usage:
     python adversarial_imitation.py --resume RUN_DIR --save-policy imitator.pt    # its actor, as those of mbpo_sac.py
 
 Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-policy` or of CleanRL's SAC, a Minari
-dataset, or a file of --save-data or a dict of `observations`, `actions` and `mean_reward` (not for AIRL, which needs to
-know what follows what); all of a file is used. Files say which episodes ended and which were only cut short; a dict of
-observations does not, and is taken for an expert whose episodes never end. Episodes that the expert plays here ended if
-they are short.
+dataset, or a file of --save-data or a dict of `observations`, `actions`, `mean_reward` and, if you like, `episode`
+(whole numbers, an episode's rows in order; AIRL needs to know what follows what) and `terminated` (true in a row that
+ended its episode); all of a file is used, first random steps, too. A dict without `terminated` is taken for an expert
+whose episodes never end. Episodes that the expert plays here ended if they are short.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -89,11 +90,11 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
     losses/reward_spread        running std of equation 5, by which it is divided (at least by 0.1); 1 for equation 6
-    losses/absorbing_reward     r(a) of equations 8 and 9, before that; softplus(0) or 0 where no episode ever ends
+    losses/absorbing_reward     r(end) of equation 9, before that; softplus(-4.6) or -4.6 α where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
-    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: in half-ranges)
+    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: scaled to [-1, 1])
     losses/qf_values            min Q of the batch
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environment
@@ -103,15 +104,16 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
 
 (`--algo control` has nothing to log of the discriminator.)
 
-Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps
-instead of its own alone, whose log π is by then another one; equation 8 in place of a network's output; a penalty on
-slopes above 1 alone (it would tilt a discriminator that is sure of itself, and learns no more, anyhow); GAIL's rewards
-are scaled, not shifted, AIRL's are neither; the expert that plays here plays its best guess, and so has no density;
-SAC's actor, critics and temperature step together, by the weights before.
+Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps instead
+of its own alone, whose log π is by then another one; equation 8 in place of a network's output; the penalty is on
+slopes above 1 only (Gulrajani's pulls every slope to 1, up as well as down); GAIL's rewards are scaled, not shifted,
+AIRL's are neither; the expert that plays here plays its best guess, and so has no density; SAC's actor, critics and
+temperature step together, by the weights before.
 
-Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18); Fu et al. 2018, AIRL, arXiv 1710.11248
-(equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy, absorbing states, the bias);
-Gulrajani et al. 2017, arXiv 1704.00028 (the penalty); Haarnoja et al. 2018, SAC, arXiv 1812.05905.
+Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18, its D is our 1 - D); Fu et al. 2018,
+AIRL, arXiv 1710.11248 (equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy,
+absorbing states, the bias); Gulrajani et al. 2017, arXiv 1704.00028 (the penalty); Haarnoja et al. 2018, SAC, arXiv
+1812.05905.
 """
 
 import copy
@@ -128,7 +130,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -194,7 +196,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (written by --save-data) to start from, instead of collecting them"""
+    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
     num_episodes: int = 10
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
 
@@ -216,7 +218,7 @@ class Args:
 
     # Discriminator
     algo: Literal["gail", "airl", "control"] = "gail"
-    """what the policy is paid: equation 5, equation 6, or 1 for each step"""
+    """what the policy is paid: equation 5, equation 6 (temperature 0.1 unless --alpha is given), or 1 for each step"""
     absorbing: bool = True
     """an ended episode goes on in an absorbing state: equations 8 and 9"""
     discriminator_every: int = 2
@@ -535,8 +537,8 @@ class Demonstrations:
             self.terminated = self.last & terminated[order].bool()
 
     def transitions(self) -> Transitions:
-        """obs, action, next_obs, terminated. What followed an episode's last step, if it did not terminate it, nobody
-        knows, and that step is left out."""
+        """obs, action, next_obs, terminated. What followed an episode's last step is not kept: that step is left
+        out, unless it terminated the episode."""
         if self.terminated is None:  # GAIL does not ask what came next
             return self.obs, self.action, self.obs, torch.zeros_like(self.obs[:, 0])
         rows = (~self.last | self.terminated).nonzero()[:, 0]
@@ -575,6 +577,13 @@ def load_data_file(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def whole_return(reward: Tensor, terminated: Tensor, episode: Tensor) -> float:
+    """Mean return of the episodes that ended, or lasted as long as any: the others were cut short while collecting."""
+    number, counts = episode.unique(return_inverse=True, return_counts=True)[1:]
+    returns, ended = (torch.zeros(len(counts)).index_add(0, number, column.float()) for column in (reward, terminated))
+    return returns[(ended > 0) | (counts == counts.max())].mean().item()
+
+
 # Differs: how an episode ended matters
 def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) -> Demonstrations:
     """A file of --save-data (which keeps the positions that the environment hides), or observations and actions."""
@@ -585,9 +594,10 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
             torch.as_tensor(data[name]) for name in (("obs", "action") if ours else ("observations", "actions"))
         )
         source = data["env_id"] if ours else data.get("env_id", env_id)
-        episode = torch.as_tensor(data["episode"]) if ours else torch.zeros(len(obs), dtype=torch.int64)
+        told = ours or "episode" in data
+        episode = torch.as_tensor(data["episode"]) if told else torch.zeros(len(obs), dtype=torch.int64)
         reward = torch.as_tensor(data["reward"]) if ours else torch.tensor([float(data["mean_reward"])])
-        terminated = torch.as_tensor(data["terminated"]) if ours else None
+        terminated = torch.as_tensor(data["terminated"] if ours else data.get("terminated", np.zeros(len(obs))))
     except Exception as error:  # torch.load raises whatever the bytes happen to trigger
         fail(f"--data {path} holds neither --save-data's columns nor observations, actions and mean_reward: {error}")
     require(source == env_id, f"--data {path} is from {source}, not from {env_id}")
@@ -602,7 +612,8 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
     check_data(named, f"--data {path}")
     require(terminated is None or terminated.shape == episode.shape, f"--data {path}: terminated is not (N,)")
-    return Demonstrations(obs, action, episode, reward.sum().item() / len(episode.unique()), terminated)
+    expert_return = whole_return(reward, terminated, episode) if ours else reward.item()
+    return Demonstrations(obs, action, episode, expert_return, terminated if told else None)
 
 
 # Differs: how an episode ended matters
@@ -791,7 +802,9 @@ class Discriminator(nn.Module):
         super().__init__()
         units = args.discriminator_units
         self.airl = args.algo == "airl"
-        self.alpha = fixed_alpha(args) or 1.0 if self.airl else 1.0  # of equation 6
+        self.alpha = (args.alpha or 0.1) if self.airl else 1.0  # of equation 6
+        # log π counts in the environment's units, its bounds for actions scaled to [-1, 1].
+        self.log_scale, self.bound = ((high - low) / 2).log().sum().item(), max(5.0, len(low))
         self.gamma, self.low, self.high = args.gamma, low, high
         self.normaliser = Normaliser(obs_dim)
         self.head = nn.Sequential(
@@ -814,7 +827,10 @@ class Discriminator(nn.Module):
         return found[:, 0]
 
     def logit(self, step: Step, log_prob: Tensor) -> Tensor:
-        return self.score(step) / self.alpha - log_prob.clamp(-5, 5) if self.airl else self.score(step)
+        if not self.airl:
+            return self.score(step)
+        scaled = (log_prob + self.log_scale).clamp(-self.bound, self.bound)
+        return self.score(step) / self.alpha - (scaled - self.log_scale)
 
     def reward(self, score: Tensor) -> Tensor:
         return score if self.airl else F.softplus(score)
@@ -938,13 +954,19 @@ def train_discriminator(
 
 
 class Absorption:
-    """How often the policy is in the absorbing state, over its last episodes; equation 8.
+    """How often the policy is in the absorbing state, over the episodes that D sees, and at least 20; equation 8.
 
     An episode that did not end by itself counts as one of the full length: it was only cut short.
     """
 
-    def __init__(self, expert_share: float, limit: int):
-        self.expert_share, self.limit, self.lengths = expert_share, limit, deque[int](maxlen=20)
+    def __init__(self, expert_share: float, limit: int, newest: int):
+        self.expert_share, self.limit, self.newest = expert_share, limit, newest
+        self.lengths: deque[int] = deque()
+
+    def add(self, lengths: Iterable[int]) -> None:
+        self.lengths.extend(lengths)
+        while len(self.lengths) > 20 and sum(self.lengths) - self.lengths[0] >= self.newest:
+            self.lengths.popleft()
 
     def policy_share(self) -> float:
         if not self.lengths:
@@ -954,7 +976,8 @@ class Absorption:
     def logits(self) -> tuple[float, float]:
         """Of the absorbing state, and to be added to those of all others. Within ±5, as far as a network might go."""
         expert, policy = self.expert_share, self.policy_share()
-        ratios = max(expert, 1e-3) / max(policy, 1e-3), max(1 - expert, 1e-3) / max(1 - policy, 1e-3)
+        # An expert that never ends has no share at all: where the policy has none, either, ending must not pay.
+        ratios = max(expert, 1e-5) / max(policy, 1e-3), max(1 - expert, 1e-3) / max(1 - policy, 1e-3)
         there, elsewhere = (min(max(math.log(ratio), -5.0), 5.0) for ratio in ratios)
         return there, elsewhere
 
@@ -1397,7 +1420,7 @@ def main(args: Args) -> dict[str, float]:
     agent = Agent(obs_dim, low, high, replace(args, alpha=fixed_alpha(args)))
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     judge_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
-    absorption = Absorption(absorbed, limit)
+    absorption = Absorption(absorbed, limit, args.newest)
     buffer = ReplayBuffer(
         min(args.buffer_size, args.total_timesteps + args.num_envs), envs.obs.shape[1], action_dim, device
     )
@@ -1415,7 +1438,8 @@ def main(args: Args) -> dict[str, float]:
         if args.eval_only:
             video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
             again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)
-            print(f"{run_dir}: {describe(again, returns)}; {again['eval/expert_fraction']:.2f} of the expert's")
+            share = f"; {again['eval/expert_fraction']:.2f} of the expert's" if data.expert_return > 0 else ""
+            print(f"{run_dir}: {describe(again, returns)}{share}")
             if args.save_policy:
                 save_policy(Path(args.save_policy), args, agent, again)
             return again
@@ -1427,13 +1451,13 @@ def main(args: Args) -> dict[str, float]:
             rows = interact(agent.actor, envs, skip, device, random=progress["step"] < args.initial_steps)
             buffer.add(**rows)
             progress["step"] = step = progress["step"] + args.num_envs
-            if step - args.num_envs < args.initial_steps <= step:  # by the expert alone, others would be far off scale
+            if step - args.num_envs < args.initial_steps <= step:  # on both: by the expert alone, others are off scale
                 discriminator.normaliser.fit(torch.cat([expert_steps[0], buffer.obs[: buffer.size, skip:]]))
             due = partial(passes, step=step, taken=args.num_envs)
             if envs.finished:
                 over = rows["terminated"][envs.episode != rows["episode"]]
                 lengths = [length for _, length in envs.finished]
-                absorption.lengths.extend(length if end else limit for length, end in zip(lengths, over, strict=True))
+                absorption.add(length if end else limit for length, end in zip(lengths, over, strict=True))
                 mean_return, mean_length = np.mean(envs.finished, axis=0).tolist()
                 log.scalars({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}, step)
                 bar.set_postfix({"return": f"{mean_return:.0f}"})

@@ -158,7 +158,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (written by --save-data) to start from, instead of collecting them"""
+    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
     num_episodes: int = 20
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
     dagger_rounds: int = 0

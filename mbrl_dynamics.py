@@ -159,7 +159,7 @@ class Args:
     initial_steps: int = 20_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     data: str | None = None
-    """file of transitions (written by --save-data) to start from, instead of collecting them"""
+    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
     save_data: str | None = None
     """file to write the collected transitions to"""
     holdout_ratio: float = 0.1

@@ -193,7 +193,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before the last"""
     data: str | None = None
-    """file of transitions (written by --save-data) to start from, instead of collecting them"""
+    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 

@@ -114,9 +114,11 @@ def test_airls_logit_is_that_of_its_discriminator(alpha):
     """D = exp f / (exp f + π), Fu et al. 2018, at temperature 1."""
     judge, rows, log_prob = discriminator(alpha=alpha), batch(), torch.randn(32)
     step = judge.steps(*rows)
-    far = torch.full((32,), 40.0)
-    torch.testing.assert_close(judge.logit(step, far), judge.logit(step, far / 8)), "within ±5"
-    torch.testing.assert_close(judge.logit(step, -far), judge.logit(step, -far / 8))
+    far, scale = torch.full((32,), 40.0), ((HIGH - LOW) / 2).log().sum()
+    torch.testing.assert_close(judge.logit(step, far), judge.logit(step, far / 8 - scale))  # ±5 of actions in [-1, 1]
+    torch.testing.assert_close(judge.logit(step, -far), judge.logit(step, -far / 8 - scale))
+    many = adv.Discriminator(3, -torch.ones(12), torch.ones(12), adv.Args(algo="airl"))
+    assert many.bound == 12, "as large as the mean log π of a policy that has SAC's usual target entropy"
     f = judge.score(step)
     played = (f / (alpha or 0.1)).exp()
     expected = played / (played + log_prob.exp())
@@ -208,16 +210,18 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
 
 
 def test_shares_of_the_absorbing_state():
-    absorption = adv.Absorption(expert_share=0.25, limit=100)
+    absorption = adv.Absorption(expert_share=0.25, limit=100, newest=1_000)
     assert absorption.logits() == (0, 0), "nothing is known yet"
-    absorption.lengths.extend([100, 50])  # one whole episode, one that ended half way
+    absorption.add([100, 50])  # one whole episode, one that ended half way
     assert absorption.logits() == pytest.approx((0.0, 0.0))
-    absorption.lengths.extend([25] * 18)
+    absorption.add([25] * 18)
     share = (50 + 18 * 75) / 2_000
     assert absorption.logits() == pytest.approx((math.log(0.25 / share), math.log(0.75 / (1 - share))))
-    absorption.lengths.extend([100] * 20)  # the oldest are forgotten; a share of nothing counts as a thousandth
+    absorption.add([100] * 20)  # the oldest are forgotten; a share of nothing counts as a thousandth
     assert absorption.logits() == pytest.approx((5.0, math.log(0.75))), "within ±5"
-    rare = adv.Absorption(expert_share=1e-6, limit=1_000)
+    absorption.add([20] * 60)
+    assert list(absorption.lengths) == [20] * 50, "the last 1,000 steps: those that D sees"
+    rare = adv.Absorption(expert_share=1e-6, limit=1_000, newest=10_000)
     rare.lengths.append(1)
     assert rare.logits() == (-5.0, 5.0)
 
@@ -228,11 +232,14 @@ def test_where_neither_ever_ends_ending_is_not_paid_for():
         obs = torch.zeros(1_000 * episodes, 1)
         episode = torch.arange(episodes).repeat_interleave(1_000)
         expert = adv.Demonstrations(obs, obs, episode, 1.0, torch.zeros(len(obs)))
-        absorption = adv.Absorption(expert.absorbed(1_000), 1_000)
-        absorption.lengths.extend([1_000] * 20)
-        assert absorption.logits() == (0, 0)
-        absorption.lengths.append(900)
-        assert absorption.logits()[0] < -1
+        absorption = adv.Absorption(expert.absorbed(1_000), 1_000, 10_000)
+        absorption.add([1_000] * 20)
+        there, elsewhere = absorption.logits()
+        assert there < -4 and elsewhere == 0
+        judge = adv.Discriminator(1, LOW, HIGH, adv.Args(algo="gail"))
+        assert judge.absorbing_reward(there) < 0.1 * judge.absorbing_reward(0.0), "for ever less than a life at 0"
+        absorption.add([900])
+        assert absorption.logits()[0] < -4
 
 
 def test_transitions_follow_each_other_within_an_episode():
@@ -272,6 +279,24 @@ def test_a_file_says_which_of_its_episodes_ended(tmp_path):
     assert transitions[3].sum() == 3 and absorbed == pytest.approx(1 - len(data.obs) / 3_000), "all of them fell"
     short = adv.expert_data(replace(args, max_episode_steps=5), None, (11, 1, 3), low, high, 5)
     assert short[1][3].sum() == 0 and len(short[0].obs) == 15, "none fell before its limit"
+
+
+def test_a_dict_may_tell_episodes_apart_and_say_which_ended(tmp_path):
+    rows = {"observations": torch.arange(5.0)[:, None], "actions": torch.zeros(5, 1), "mean_reward": 7.0}
+    rows["episode"] = torch.tensor([3, 3, 3, 8, 8])
+    told = adv.from_file(str(saved(tmp_path, rows)), "Pendulum-v1", 1, 0, 1)
+    assert told.transitions()[2][:, 0].tolist() == [1, 2, 4] and told.absorbed(10) == 0 and told.expert_return == 7
+    rows["terminated"] = torch.tensor([False, False, False, False, True])
+    told = adv.from_file(str(saved(tmp_path, rows)), "Pendulum-v1", 1, 0, 1)
+    assert told.transitions()[3].tolist() == [0, 0, 0, 1] and told.absorbed(10) == pytest.approx(8 / 13)
+
+
+def test_pieces_of_episodes_do_not_count_as_returns(tmp_path):
+    rows = recorded(30) | {"reward": torch.ones(30), "episode": torch.tensor([0] * 20 + [1] * 5 + [2] * 5)}
+    rows["terminated"] = torch.zeros(30)
+    rows["terminated"][24] = 1
+    found = adv.from_file(str(saved(tmp_path, rows)), "Pendulum-v1", 3, 0, 1)
+    assert found.expert_return == pytest.approx((20 + 5) / 2), "the last five rows were only cut short"
 
 
 def test_a_minari_dataset_says_which_of_its_episodes_ended(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/qf_loss              equation 2, mean over the steps since the last log, as are the following
     losses/actor_loss           equation 2
     losses/alpha                temperature
-    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: in half-ranges)
+    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: scaled to [-1, 1])
     losses/qf_values            min Q of the batch
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) on held-out transitions, mean over the elites

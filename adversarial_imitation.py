@@ -64,7 +64,7 @@ Usage:
 
     python adversarial_imitation.py --algo gail                # imitates experts/HalfCheetah-v5.pt, if it is there
     python adversarial_imitation.py --algo airl --num-episodes 4
-    python adversarial_imitation.py --env-id Hopper-v5 --expert hopper.pt --algo control
+    python adversarial_imitation.py --env-id Hopper-v5 --algo control
     python adversarial_imitation.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
     python adversarial_imitation.py --resume RUN_DIR                  # go on exactly where it stopped
     python adversarial_imitation.py --resume RUN_DIR --eval-only      # the evaluation of that run again

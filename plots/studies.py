@@ -217,6 +217,42 @@ DAGGER = "--dagger-rounds 5 --train-steps 10_000"
 BC_BATCHES, BC_RATES = (500, 1_000, 2_000, 4_000), ("1e-3", "5e-4", "1e-4")
 SAC = f"python mbpo_sac.py --rollout-length 0 --utd-ratio 1 {FAST}"
 
+
+def imitation(name: str, env_id: str, steps: int, minutes: float, algos: tuple[str, ...]) -> Study:
+    labels = {"gail": "GAIL", "airl": "AIRL", "control": "paid for staying alive"}
+    clone = f"python bc_variants.py --env-id {env_id} --eval-episodes 100 --variant mse --num-episodes 10"
+    return Study(
+        name=name,
+        title=f"Adversarial imitation of {env_id} from 10 episodes",
+        shows="GAIL and AIRL, beside cloning and DAgger; where episodes can end, what a constant reward earns.",
+        runs=(
+            *(
+                Run(
+                    name=algo,
+                    command=f"python adversarial_imitation.py --env-id {env_id} --algo {algo}"
+                    f" --total-timesteps {steps:_} --checkpoint-every 50_000 {FAST}",
+                    minutes=minutes,
+                    label=labels[algo],
+                    target="" if algo == "control" else "≥ 0.9 of the expert's",
+                )
+                for algo in algos
+            ),
+            Run(name="bc", command=clone, minutes=3, label="cloning, mse"),
+            Run(name="dagger", command=f"{clone} {DAGGER}", minutes=5, label="cloning with DAgger, mse"),
+        ),
+        panels=(
+            Panel(
+                tag="eval/expert_fraction",
+                y_label="return, as a share of the expert's",
+                x_label="environment steps (of cloning: gradient steps)",
+                log_x=True,
+            ),
+        ),
+        columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
+        seeds=2,
+    )
+
+
 STUDIES: tuple[Study, ...] = (
     Study(
         name="q1",
@@ -861,44 +897,8 @@ STUDIES: tuple[Study, ...] = (
         columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
         seeds=1,
     ),
-    Study(
-        name="imitation",
-        title="Adversarial imitation of HalfCheetah-v5 from 10 episodes",
-        shows="GAIL and AIRL on SAC, and what a constant reward earns; beside them cloning and DAgger.",
-        runs=(
-            *(
-                Run(
-                    name=algo,
-                    command=f"python adversarial_imitation.py --env-id HalfCheetah-v5 --algo {algo} {FAST}",
-                    minutes=120,
-                    label=label,
-                    target=target,
-                )
-                for algo, label, target in (
-                    ("gail", "GAIL", "≥ 0.9 of the expert's"),
-                    ("airl", "AIRL", "≥ 0.9 of the expert's"),
-                    ("control", "paid for staying alive", ""),
-                )
-            ),
-            Run(name="bc", command=f"{BC} --variant mse --num-episodes 10", minutes=4, label="cloning, mse"),
-            Run(
-                name="dagger",
-                command=f"{BC} --variant mse --num-episodes 10 {DAGGER}",
-                minutes=12,
-                label="cloning with DAgger, mse",
-            ),
-        ),
-        panels=(
-            Panel(
-                tag="eval/expert_fraction",
-                y_label="return, as a share of the expert's",
-                x_label="environment steps (of cloning: gradient steps)",
-                log_x=True,
-            ),
-        ),
-        columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
-        seeds=2,
-    ),
+    imitation("imitation", "HalfCheetah-v5", 1_000_000, minutes=120, algos=("gail", "airl")),
+    imitation("imitation-hopper", "Hopper-v5", 300_000, minutes=40, algos=("gail", "airl", "control")),
     Study(
         name="a2c",
         title="A2C on HalfCheetah-v5, 1M steps",

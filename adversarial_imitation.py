@@ -178,7 +178,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -238,7 +238,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (in an ensemble: of each member)"""
+    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256

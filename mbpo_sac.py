@@ -41,7 +41,7 @@ Usage:
     python mbpo_sac.py --env-id HalfCheetah-v5                                          # MBPO
     python mbpo_sac.py --env-id HalfCheetah-v5 --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000    # SAC
     python mbpo_sac.py --env-id Hopper-v5 --utd-ratio 20 --total-timesteps 125_000 --rollout-schedule 20 150 1 15 \
-        --target-entropy -1                                             # MBPO, with the authors' settings for Hopper
+        --target-entropy -1             # MBPO, with the authors' schedule, updates a step and entropy for Hopper
     python mbpo_sac.py --env-id Pendulum-v1 --rollout-length 0 --utd-ratio 1 --initial-steps 1_000 \
         --total-timesteps 6_000 --eval-every 1_000                                      # SAC in a minute
     python mbpo_sac.py --resume RUN_DIR                     # go on exactly where it stopped
@@ -99,14 +99,17 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_other            in evaluation, logging and checkpoints
 
 Deviations: actor, critics and temperature step together, by the weights before (the paper's pseudocode: one after the
-other); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each real one (40 on
-HalfCheetah); rollouts begin at each fit and not at each step (as in the authors' code); targets are normalised; every
-member trains on all rows, and not on a bootstrap of them; reward and termination come from formulas where there are any
-(the paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step
-gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps
-gradient steps. A row that is held out is held out for good, where the paper draws others at each fit: weights that have
-trained on a row know it, and no new ones seem better. The course's Dyna holds no rows out, and makes a rollout before
-each update; here those for 50 updates are made at once.
+other); the entropy that is paid is that of actions in the environment's units (as in CleanRL; the papers: in [-1, 1]),
+so that each step earns α Σ log(half-range) more, which counts where episodes can end early and actions do not range
+over [-1, 1] (Humanoid-v5: -15.6 α); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each
+real one (40 on HalfCheetah); rollouts begin at each fit and not at each step (as in the authors' code); targets are
+normalised; every member trains on all rows, and not on a bootstrap of them; reward and termination come from formulas
+where there are any (the paper learns the reward, and knows when an episode ends: here --reward learned learns both);
+each rollout step gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most
+max_train_steps gradient steps; with bfloat16 rollouts use a copy of the elites' weights that is rounded, too. A row
+that is held out is held out for good, where the paper draws others at each fit: weights that have trained on a row know
+it, and no new ones seem better. The course's Dyna holds no rows out, and makes a rollout before each update; here those
+for 50 updates are made at once.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -177,7 +180,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -211,7 +214,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (in an ensemble: of each member)"""
+    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -229,11 +232,11 @@ class Args:
 
     # Model
     rollout_length: int = 1
-    """steps of each model rollout; 0: no model, which is SAC"""
+    """steps of each model rollout (rollout_schedule overrules it); 0: no model, which is SAC (with utd_ratio 1)"""
     rollout_schedule: tuple[int, int, int, int] | None = None
     """FROM TO MIN MAX: rollout_length grows from MIN at epoch FROM (of 1,000 steps, random ones apart) to MAX at TO"""
     rollouts_per_step: float = 400.0
-    """model rollouts begun for each environment step"""
+    """model rollouts begun for each environment step (a whole number, at least one, each time that some are begun)"""
     real_ratio: float | None = 0.05
     """share of real transitions in a batch; None: real and model transitions share one buffer"""
     retain_epochs: int = 1
@@ -329,8 +332,9 @@ def check_args(args: Args) -> None:
     require(0 < args.model_holdout < 1, f"--model-holdout must lie in (0, 1), got {args.model_holdout}")
     ratio = args.real_ratio
     require(ratio is None or 0 <= ratio <= 1, f"--real-ratio must lie in [0, 1] or be None, got {ratio}")
-    idle = ratio == 1 and args.rollout_length > 0
-    require(not idle, "--real-ratio 1 makes no use of a model: --rollout-length 0 is how to go without one")
+    idle = args.rollout_length > 0 and ratio is not None and real_rows(args) == args.batch_size
+    alone = f"--real-ratio {ratio} of --batch-size {args.batch_size} makes no use of a model:"
+    require(not idle, f"{alone} --rollout-length 0 is how to go without one")
     target = args.target_entropy
     fine = target == "auto" or (not isinstance(target, str) and math.isfinite(target))
     require(fine, f"--target-entropy must be auto or a number, got {target}")
@@ -1099,14 +1103,19 @@ def scheduled_length(args: Args, step: int) -> int:
     return int(low + share * (high - low))
 
 
+def real_rows(args: Args) -> int:
+    """How many rows of a batch are real where there are imagined ones, too: at least one, unless none are asked for."""
+    ratio = args.real_ratio or 0.0
+    return max(round(ratio * args.batch_size), int(ratio > 0))
+
+
 def sample_batch(
     args: Args, buffer: ReplayBuffer, imagined: ReplayBuffer | None, skip: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """obs, action, next_obs, reward, terminated: so many real and so many imagined, without the hidden positions."""
     real = args.batch_size
     if imagined and imagined.size:
-        ratio = args.real_ratio or 0.0
-        real = max(round(ratio * args.batch_size), int(ratio > 0))
+        real = real_rows(args)
     parts = []
     for source, count in ((buffer, real), (imagined, args.batch_size - real)):
         if source and count:
@@ -1147,10 +1156,10 @@ class Means:
 def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step: int, run_dir: Path) -> None:
     """An agent that has diverged is of no use, and must not overwrite its last good checkpoint."""
     bad = [f"non-finite {name}" for name, mean in means.items() if not math.isfinite(mean)]
-    # No value can exceed the largest reward, got forever; ten times that leaves room for the entropy.
+    # No value can exceed in size the largest reward, got forever; ten times that leaves room for the entropy.
     highest = 10 * (buffer.reward[: buffer.size].abs().max().item() + 10) / (1 - args.gamma)
     if abs(means.get("losses/qf_values", 0.0)) > highest:
-        bad.append(f"losses/qf_values above {highest:.0f}, which no policy can earn,")
+        bad.append(f"losses/qf_values beyond ±{highest:.0f}, which no policy can earn or lose,")
     if bad:
         checkpoint = run_dir / "checkpoint.pt"
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
@@ -1595,7 +1604,7 @@ def main(args: Args) -> dict[str, float]:
                 watch.lap("time/share_rollouts")
 
             # Learn to act.
-            if started and due(args.update_every):
+            if started and (due(args.update_every) or not progress["updates"]):
                 owed = int(args.utd_ratio * (step - args.initial_steps + args.update_every)) - progress["updates"]
                 learn_to_act(args, step, owed, agent, elites, formulas, buffer, imagined, skip, means, watch)
                 progress["updates"] += owed

@@ -210,7 +210,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints (environment steps while collecting, gradient steps while training)"""
+    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -260,7 +260,7 @@ class Args:
     train_steps: int = 1_500
     """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (in an ensemble: of each member)"""
+    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0

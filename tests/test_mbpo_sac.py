@@ -649,7 +649,7 @@ def test_a_diverged_agent_does_not_overwrite_its_checkpoint(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as exit:
         sac.main(args)
     run_dir = next(Path(args.log_dir).iterdir())
-    words = "non-finite losses/qf_loss" if bad == "nan" else "losses/qf_values above"
+    words = "non-finite losses/qf_loss" if bad == "nan" else "losses/qf_values beyond"
     assert words in exit.value.code and str(run_dir / "checkpoint.pt") in exit.value.code
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]["step"] == 40
 
@@ -672,7 +672,8 @@ def test_a_diverged_model_does_not_overwrite_the_checkpoint(tmp_path, monkeypatc
         ({"buffer_size": 1}, "--buffer-size must be at least 2"),
         ({"elite_members": 4}, "--elite-members 4 of --ensemble-size 3"),
         ({"real_ratio": 1.5}, "--real-ratio"),
-        ({"real_ratio": 1.0}, "--real-ratio 1 makes no use of a model"),
+        ({"real_ratio": 1.0}, "--real-ratio 1.0 of --batch-size 16 makes no use of a model"),
+        ({"real_ratio": 0.05, "batch_size": 1}, "--real-ratio 0.05 of --batch-size 1 makes no use of a model"),
         ({"rollout_schedule": (5, 5, 1, 2)}, "--rollout-schedule"),
         ({"rollout_schedule": (1, 5, 1, 2), "rollout_length": 0}, "without a model nothing grows"),
         ({"eval_only": True}, "--eval-only needs --resume"),
@@ -691,3 +692,12 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     lines = capfd.readouterr().err.strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("initial", "total", "updates"), [(10, 45, 50), (40, 140, 110)])
+def test_the_first_round_of_updates_follows_the_random_steps(tmp_path, initial, total, updates):
+    """Whatever multiple of update_every they are; the next rounds come when they are due."""
+    changes = dict(rollout_length=0, utd_ratio=1, update_every=50, initial_steps=initial, total_timesteps=total)
+    _, run_dir = run(tiny(tmp_path, **changes))
+    progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
+    assert progress["updates"] == updates

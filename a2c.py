@@ -930,16 +930,17 @@ def main(args: Args) -> dict[str, float]:
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": {}}
     parts = {"agent": agent, "policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer, "envs": envs}
-    with Checkpointer(run_dir, progress, parts) as checkpointer:
-        if checkpoint:
-            checkpointer.restore(checkpoint)
-        if args.eval_only:
-            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            again, returns = evaluate(args, agent.policy, args.eval_episodes, device, video)
-            print(f"{run_dir}: {describe(again, returns)}")
-            if args.save_policy:
-                save_policy(Path(args.save_policy), args, agent, again)
-            return again
+    checkpointer = Checkpointer(run_dir, progress, parts)
+    if checkpoint:
+        checkpointer.restore(checkpoint)
+    if args.eval_only:
+        video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+        again, returns = evaluate(args, agent.policy, args.eval_episodes, device, video)
+        print(f"{run_dir}: {describe(again, returns)}")
+        if args.save_policy:
+            save_policy(Path(args.save_policy), args, agent, again)
+        return again
+    with checkpointer:
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: device {device}", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=progress["step"], unit="step")

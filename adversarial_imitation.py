@@ -123,6 +123,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -572,9 +573,15 @@ def check_data(columns: dict[str, Tensor], source: str) -> None:
 def load_data_file(path: str) -> Any:
     """What torch.save wrote of tensors, numpy's arrays and numbers; anything else could run code, and is refused."""
     rebuild = np._core.multiarray  # type: ignore[attr-defined]
-    kinds = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
+    names = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+    kinds = [type(np.dtype(name)) for name in names]
     with torch.serialization.safe_globals([np.ndarray, np.dtype, rebuild._reconstruct, rebuild.scalar, *kinds]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                "it may hold tensors, numpy's arrays of numbers, and numbers, all saved by torch"
+            ) from None
 
 
 def whole_return(reward: Tensor, terminated: Tensor, episode: Tensor) -> float:
@@ -1432,17 +1439,18 @@ def main(args: Args) -> dict[str, float]:
     parts |= {"discriminator": discriminator, "judge_optimizer": judge_optimizer}
     parts |= {"absorption": absorption, "data": data}
     parts |= {"means": means, "judged": judged, "buffer": buffer, "envs": envs}
-    with Checkpointer(run_dir, progress, parts) as checkpointer:
-        if checkpoint:
-            go_on(args, checkpointer, checkpoint)
-        if args.eval_only:
-            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)
-            share = f"; {again['eval/expert_fraction']:.2f} of the expert's" if data.expert_return > 0 else ""
-            print(f"{run_dir}: {describe(again, returns)}{share}")
-            if args.save_policy:
-                save_policy(Path(args.save_policy), args, agent, again)
-            return again
+    checkpointer = Checkpointer(run_dir, progress, parts)
+    if checkpoint:
+        go_on(args, checkpointer, checkpoint)
+    if args.eval_only:
+        video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+        again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)
+        share = f"; {again['eval/expert_fraction']:.2f} of the expert's" if data.expert_return > 0 else ""
+        print(f"{run_dir}: {describe(again, returns)}{share}")
+        if args.save_policy:
+            save_policy(Path(args.save_policy), args, agent, again)
+        return again
+    with checkpointer:
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(expert_steps[0])} transitions", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=progress["step"], unit="step")

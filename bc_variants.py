@@ -54,10 +54,14 @@ Usage:
 
 An expert is a file written by `mbpo_sac.py --save-policy`, or by CleanRL's SAC (a state dict of its actor, or a tuple
 that begins with one; it does not say of which environment: see whether "the expert earns" what it should). `--data` is
-a file written by --save-data of the other scripts, all of whose actions count as the expert's, or a dict of
-`observations` (N, D), `actions` (N, A), if you like `episode` (N,), whole numbers, and `mean_reward` (the expert's
-return; without it --expert is asked to play ten episodes), tensors or arrays. All of it is used, whatever
---num-episodes is. Without an expert to ask there is no DAgger.
+one of two kinds of file, all of which is used, whatever --num-episodes is:
+
+    one written by --save-data of the other scripts: all of its actions count as the expert's
+    torch.save of a dict of tensors or arrays: `observations` (N, D), `actions` (N, A); if you like `episode` (N,),
+        whole numbers (without it all rows are one episode, in order of time, of which the last part is held out) and
+        `mean_reward`, the expert's return (without it --expert plays ten episodes)
+
+Without an expert to ask there is no DAgger.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of gradient steps over all rounds):
 
@@ -67,16 +71,17 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
     losses/train_loss           equation 1 to 5 on 10,000 training transitions at most; no two variants' losses compare
-    losses/holdout_loss         the same on held-out transitions. Where --stop-after ends a fit, the last losses are
+    losses/holdout_loss         the same on held-out transitions. With --stop-after, the last losses of a fit are
                                 those that ended it, and the returns those of the weights that it goes back to
     losses/action_error         mean of |what the policy does - the expert's action| there, in half-ranges
     charts/SPS                  gradient steps per second, the first ten left out
     charts/transitions          transitions in the data
-    time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once
+    time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once, median
 
 Deviations: the expert always acts by its best guess; observations are standardised by the first round's training data
-in all rounds of DAgger; Adam goes on from one round to the next, unless --stop-after went back; --weight-decay decays
-biases, too.
+in all rounds of DAgger; Adam goes on from one round to the next (with --stop-after a round begins with the averaged
+weights of the lowest held-out loss, and a new Adam); --weight-decay decays biases, too. An expert's recorded episodes
+have lengths of their own: with another --max-episode-steps eval/expert_fraction compares what does not compare.
 
 Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
 (equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
@@ -92,6 +97,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -200,7 +206,7 @@ class Args:
     holdout_ratio: float = 0.1
     """share of the transitions held out, in whole episodes, to measure the model on"""
     stop_after: int | None = None
-    """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
+    """end a fit after so many evaluations without a lower held-out loss; it ends with the lowest; None: neither"""
     ema_decay: float = 0.999
     """what acts and is measured is a running mean of the weights with this decay; 0: the weights as they are"""
     eval_every: int = 10_000
@@ -495,9 +501,15 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
 def load_data_file(path: str) -> Any:
     """What torch.save wrote of tensors, numpy's arrays and numbers; anything else could run code, and is refused."""
     rebuild = np._core.multiarray  # type: ignore[attr-defined]
-    kinds = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")]
+    names = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+    kinds = [type(np.dtype(name)) for name in names]
     with torch.serialization.safe_globals([np.ndarray, np.dtype, rebuild._reconstruct, rebuild.scalar, *kinds]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                "it may hold tensors, numpy's arrays of numbers, and numbers, all saved by torch"
+            ) from None
 
 
 def whole_return(reward: Tensor, terminated: Tensor, episode: Tensor) -> float:
@@ -718,8 +730,8 @@ class MSE(Policy):
 class Gaussian(Policy):
     """Equation 2: SAC's squashed Gaussian. atanh(1) is infinite, so u is kept a hundredth away from the bounds.
 
-    And σ stays above 0.3. Nearer to the bounds, or with a smaller σ, the likelihood is nearly all about how far beyond
-    the bounds a saturated action lies, and the policy forgets the rest.
+    And σ stays above 0.3. Nearer to the bounds, or with a smaller σ, the few saturated actions, far out before the
+    tanh, would be nearly all of the likelihood. The best guess of a saturated action is ±0.99, then.
     """
 
     LOG_STD = (math.log(0.3), math.log(3.0))
@@ -821,8 +833,8 @@ class Autoregressive(Policy):
     The B bins are centred at -1, .. , 1, ends included: an expert that goes to the limit is followed there. An action
     between two centres belongs to both in such shares that their mean is the action itself, and so a few bins will do.
     The best action is the mean of the likeliest bin and its neighbours. Of the dimensions before its own a network sees
-    a bin, as in equation 5: the expert's exact u_1 tells more of x than a blurred x does, and a network that has
-    learned to read x off it will read its own mistakes. Which of two bins is drawn by their shares, as in a sample.
+    only a drawn bin, as in a sample: their exact values would tell more of x than a blurred x does, and a network that
+    has learned to read x off them reads its own mistakes when it acts.
     """
 
     mask: Tensor
@@ -840,7 +852,7 @@ class Autoregressive(Policy):
         return (1 - distance).clamp(min=0)
 
     def bins(self, u: Tensor, draw: Tensor | float) -> Tensor:
-        """Centre of a bin beside each u: of the upper one where `draw` in [0, 1) is no less than the distance to it."""
+        """Centre of one of the two bins beside each u: a uniform `draw` picks them by their shares, 0.5 the nearer."""
         half = (len(self.centres) - 1) / 2
         return (((u + 1) * half + draw).floor() / half - 1).clamp(-1, 1)
 
@@ -956,7 +968,7 @@ def dagger(args: Args, policy: Policy, expert: Actor, data: Demonstrations, numb
         asks_expert = torch.rand(len(obs), 1, device=obs.device) < beta
         return torch.where(asks_expert, expert.mode(obs), policy.act(obs, args.sample))
 
-    seed = 3_000_000 + 100_000 * number + 1_000 * args.seed  # below 100 episodes of their own, as in `evaluate`
+    seed = 3_000_000 + 100_000 * number + 1_000 * args.seed  # nobody else begins there, as in `evaluate`
     obs, _, episode, returns, _ = run_episodes(
         mixture, args.env_id, args.dagger_episodes, seed, device, args.max_episode_steps
     )
@@ -1266,7 +1278,7 @@ def train_round(
             if better:
                 best.load_state_dict(average.state_dict())
             if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
-                log.scalars(metrics, progress["step"])
+                log.scalars(metrics, progress["step"])  # what is logged first stays
                 policy.load_state_dict(best.state_dict())
                 average.load_state_dict(best.state_dict())
                 optimizer.state.clear()  # what it remembers is of other weights
@@ -1325,14 +1337,15 @@ def main(args: Args) -> dict[str, float]:
     progress: dict[str, Any] = {"step": 0, "fit_step": 0, "round": 0, "stale": 0, "lowest": math.inf, "seconds": 0.0}
     progress |= {"metrics": {}, "best_return": -math.inf}
     parts = {"policy": policy, "average": average, "best": best, "optimizer": optimizer, "data": data}
-    with Checkpointer(run_dir, progress, parts) as checkpointer:
-        if checkpoint:
-            checkpointer.restore(checkpoint)
-        if args.eval_only:
-            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            again, returns = evaluate(args, average, data.expert_return, args.eval_episodes, device, video)
-            print(f"{run_dir}: {describe(again, returns)}; the expert earns {data.expert_return:.1f}")
-            return again
+    checkpointer = Checkpointer(run_dir, progress, parts)
+    if checkpoint:
+        checkpointer.restore(checkpoint)
+    if args.eval_only:
+        video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+        again, returns = evaluate(args, average, data.expert_return, args.eval_episodes, device, video)
+        print(f"{run_dir}: {describe(again, returns)}; the expert earns {data.expert_return:.1f}")
+        return again
+    with checkpointer:
         log = Logger(run_dir, args, progress["step"] if checkpoint else None)
         size = f"{len(data.obs)} transitions of {len(data.episode.unique())} episodes"
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {size}", flush=True)

@@ -1557,19 +1557,20 @@ def main(args: Args) -> dict[str, float]:
     means = Means(device)
     parts = {"agent": agent, "optimizer": agent.optimizer, "model": model, "model_optimizer": model_optimizer}
     parts |= {"means": means, "buffer": buffer, "imagined": imagined, "envs": envs}
-    with Checkpointer(run_dir, progress, parts) as checkpointer:
-        if checkpoint:
-            go_on(args, checkpointer, checkpoint)
-            checkpoint = None  # a second copy of both buffers
-        elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
-        if args.eval_only:
-            video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
-            length = scheduled_length(args, progress["step"])
-            again, returns = evaluate(args, agent, elites, length, args.eval_episodes, device, video)
-            print(f"{run_dir}: {describe(again, returns)}")
-            if args.save_policy:
-                save_policy(Path(args.save_policy), args, agent, again)
-            return again
+    checkpointer = Checkpointer(run_dir, progress, parts)
+    if checkpoint:
+        go_on(args, checkpointer, checkpoint)
+        checkpoint = None  # a second copy of both buffers
+    elites = only_members(model, progress["elites"], args.train_dtype) if progress["elites"] else None
+    if args.eval_only:
+        video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
+        length = scheduled_length(args, progress["step"])
+        again, returns = evaluate(args, agent, elites, length, args.eval_episodes, device, video)
+        print(f"{run_dir}: {describe(again, returns)}")
+        if args.save_policy:
+            save_policy(Path(args.save_policy), args, agent, again)
+        return again
+    with checkpointer:
         log = Logger(run_dir, args, progress["step"] if args.resume else None)
         model_is = f"reward and termination {'known' if formulas else 'learned'}" if args.rollout_length else "no model"
         print(f"{run_dir}: {model_is}, device {device}", flush=True)

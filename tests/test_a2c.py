@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -392,3 +393,11 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     lines = capfd.readouterr().err.strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
+    """It saves nothing, and so there is nothing to wait for."""
+    _, run_dir = run(tiny(tmp_path))
+    monkeypatch.setattr(a2c, "run_episodes", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        a2c.main(replace(a2c.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -327,7 +329,8 @@ def test_recorded_data_of_both_kinds(tmp_path):
     assert torch.equal(stored(other)["data"]["obs"], data["obs"])
     assert again["eval/expert_fraction"] == pytest.approx(again["eval/episodic_return"] / 50.0)
     arrays = {"observations": data["obs"].double().numpy(), "actions": data["action"].numpy()}
-    torch.save(arrays | {"mean_reward": np.float64(50.0)}, tmp_path / "arrays.pt")
+    numbers = data["episode"].numpy().astype(np.uint8)
+    torch.save(arrays | {"mean_reward": np.float64(50.0), "episode": numbers}, tmp_path / "arrays.pt")
     found = bc.from_file(str(tmp_path / "arrays.pt"), "Pendulum-v1", 3, 0, 1)
     assert torch.equal(found.obs, data["obs"]) and found.expert_return == 50.0
     torch.save(arrays, tmp_path / "arrays.pt")
@@ -612,6 +615,7 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
         ({"expert": None, "data": "empty"}, "N > 1"),
         ({"expert": None, "data": "nan"}, "non-finite"),
         ({"expert": None, "data": "strange"}, "holds neither"),
+        ({"expert": None, "data": "code"}, "it may hold tensors, numpy's arrays of numbers, and numbers"),
         ({"expert": None, "data": "returnless"}, "has no finite mean_reward"),
         ({"expert": None, "data": "elsewhere"}, "is from Other-v0, not from Pendulum-v1"),
         ({"expert": None, "minari_id": "x/y-v0", "dagger_rounds": 1}, "needs an expert to ask"),
@@ -623,6 +627,7 @@ def test_a_diverged_policy_does_not_overwrite_its_checkpoint(tmp_path):
 def test_bad_arguments(tmp_path, capfd, changes, words):
     rows = {"observations": torch.randn(10, 3), "actions": torch.rand(10, 1), "mean_reward": 1.0}
     files = {"plain": rows, "wrong": rows | {"actions": torch.rand(10, 2)}, "strange": {"x": 1}}
+    files["code"] = rows | {"actions": Path("anything")}
     files |= {"returnless": {name: rows[name] for name in ("observations", "actions")}}
     files |= {"elsewhere": rows | {"env_id": "Other-v0"}}
     files |= {"nan": rows | {"actions": torch.full((10, 1), torch.nan)}}
@@ -641,3 +646,11 @@ def test_bad_arguments(tmp_path, capfd, changes, words):
     lines = capfd.readouterr().err.strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
+    """It saves nothing, and so there is nothing to wait for."""
+    _, run_dir = run(tiny(tmp_path))
+    monkeypatch.setattr(bc, "run_episodes", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        bc.main(replace(bc.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -701,3 +702,11 @@ def test_the_first_round_of_updates_follows_the_random_steps(tmp_path, initial, 
     _, run_dir = run(tiny(tmp_path, **changes))
     progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
     assert progress["updates"] == updates
+
+
+def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
+    """It saves nothing, and so there is nothing to wait for."""
+    _, run_dir = run(tiny(tmp_path))
+    monkeypatch.setattr(sac, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        sac.main(replace(sac.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))

@@ -16,14 +16,15 @@
 The policy π draws an action, the critic V says what to expect, and the policy is pushed towards actions that turned out
 better than expected, by as much as their advantage A says:
 
-    ∇ E[return] = E[ Σ_t ∇ log π(a_t|s_t) A_t ]                                                                     (1)
+    ∇ E[return] ≈ E[ Σ_t ∇ log π(a_t|s_t) A_t ]                                                                     (1)
     δ_t = r_t + γ (1 - terminated_t) V(s_t+1) - V(s_t),   A_t = δ_t + γ λ (1 - done_t) A_t+1                        (2)
-    critic: (V(s_t) - (A_t + V(s_t)))² with the second V held fixed                                                 (3)
+    critic: (V(s_t) - target_t)²,   target_t = A_t + V(s_t) with the V before the update                            (3)
 
 Equation 2 is generalised advantage estimation (GAE): λ = 0 trusts the critic, λ = 1 what was really earned up to the
-end of the episode or batch, which is noisier. Done is terminated or truncated: at a time limit the episode ends here
-and goes on for the critic. The end of a batch is such an end, too. `--gae-lambda None` is λ = 1, the return minus V, of
-which two parts can be left out: V (`--no-use-baseline`; the return then ends with the batch, which should hold whole
+end of the episode or batch, which is noisier. Equation 1 is exact for whole episodes with γ = 1 and λ = 1; else it pays
+for less noise with a bias. Done is terminated or truncated: at a time limit the sum over δ stops, but V of the state
+that was reached still counts. The end of a batch is such an end, too. `--gae-lambda None` is λ = 1, the return minus V,
+of which two parts can be left out: V (`--no-use-baseline`; the return then ends with the batch, which should hold whole
 episodes), and that an action answers only for what comes after it (`--no-reward-to-go`: it answers for all that was
 earned from the first step of the batch or episode on).
 
@@ -48,7 +49,7 @@ Usage:
     python a2c.py --env-id HalfCheetah-v5
     python a2c.py --env-id Ant-v5 --total-timesteps 1_000_000 --save-policy ant.pt      # `load_policy` reads it
     python a2c.py --env-id Pendulum-v1 --gae-lambda None --no-use-baseline --no-normalize-advantages \
-        --batch-size 3_200 --no-anneal                         # REINFORCE
+        --batch-size 3_200 --no-anneal                         # REINFORCE: noisy, 320,000 steps taught it nothing
     python a2c.py --resume RUN_DIR                             # go on exactly where it stopped
     python a2c.py --resume RUN_DIR --eval-only                 # the evaluation of that run again
 
@@ -63,16 +64,17 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/policy_loss          equation 1's loss minus the entropy's bonus, of the last batch, as are the following
     losses/value_loss           equation 3 before its gradient steps, in units of the scaled rewards (with a baseline)
     losses/entropy              of the policy, in nats
-    losses/explained_variance   1 - var(target - V) / var(target); 1: the critic knows it all (with a baseline)
+    losses/explained_variance   1 - var(target - V) / var(target); 1: V agrees with its targets, which are made of V
+                                themselves unless λ = 1 (with a baseline)
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environments
     time/share_updates          in advantages and gradient steps
     time/share_other            in evaluation, logging and checkpoints
 
-Deviations: GAE instead of n-step returns, standardised advantages, observations and rewards, Adam instead of a shared
-RMSprop, larger batches (total_timesteps is rounded up to whole ones), several steps of the critic, no entropy bonus;
-the means and spreads of observations change between batches, not within them, so that a batch is trained on as it was
-seen.
+Deviations: GAE instead of n-step returns, standardised advantages and observations, rewards divided by the spread of
+the returns, Adam instead of a shared RMSprop, larger batches (total_timesteps is rounded up to whole ones), several
+steps of the critic, no entropy bonus; the means and spreads of observations change between batches, not within them, so
+that a batch is trained on as it was seen.
 
 Papers: Mnih et al. 2016, A3C, arXiv 1602.01783 (A2C is its synchronous form); Schulman et al. 2016, GAE, arXiv
 1506.02438 (equation 2: its 11 to 16); Sutton et al. 1999 (equation 1); Andrychowicz et al. 2021, what matters in
@@ -223,7 +225,8 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
         if choices and all(isinstance(choice, str) for choice in choices):
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
-    require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    size = len(os.fsencode(args.exp_name))
+    require(size <= 100, f"--exp-name has {size} bytes, at most 100 are allowed")
     folder = Path(args.log_dir).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     writable = existing.is_dir() and os.access(existing, os.W_OK)
@@ -245,8 +248,9 @@ def check_args(args: Args) -> None:
     require(0 <= args.gamma <= 1, f"--gamma must lie in [0, 1], got {args.gamma}")
     lam = args.gae_lambda
     require(lam is None or 0 <= lam <= 1, f"--gae-lambda must lie in [0, 1] or be None, got {lam}")
-    require(lam is None or args.use_baseline, "--no-use-baseline goes with --gae-lambda None: λ weighs baselines")
-    require(lam is None or args.reward_to_go, "--no-reward-to-go goes with --gae-lambda None: A counts from t on")
+    whole = lam is None or lam == 1
+    require(whole or args.use_baseline, "--no-use-baseline goes with --gae-lambda 1: less puts V for later rewards")
+    require(whole or args.reward_to_go, "--no-reward-to-go goes with --gae-lambda 1: less counts from t on")
     for flag, value in (("--initial-std", args.initial_std), ("--max-grad-norm", args.max_grad_norm)):
         require(0 < value < math.inf, f"{flag} must be positive, got {value}")
     uneven = f"--batch-size {args.batch_size} must be a multiple of --num-envs {args.num_envs}, and larger than 1"
@@ -576,7 +580,8 @@ def advantages(
 def update(
     agent: ActorCritic, optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer], batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step of the policy and some of the critic; then the normalisers learn of the batch."""
+    """The spread of the returns learns of the batch; one gradient step of the policy and some of the critic; then the
+    normaliser of observations learns of it."""
     policy, (policy_optimizer, critic_optimizer) = agent.policy, optimizers
     with torch.no_grad():
         x, next_x = policy.normaliser(batch.obs), policy.normaliser(batch.next_obs)

@@ -277,7 +277,8 @@ def check_fields(args: Args, at_least: dict[str, int]) -> None:
         if choices and all(isinstance(choice, str) for choice in choices):
             require(value in choices, f"{flag} must be one of {', '.join(choices)}, got {value}")
         require(value != "", f"{flag} is empty")
-    require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    size = len(os.fsencode(args.exp_name))
+    require(size <= 100, f"--exp-name has {size} bytes, at most 100 are allowed")
     folder = Path(args.log_dir).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     writable = existing.is_dir() and os.access(existing, os.W_OK)

@@ -21,7 +21,7 @@ The simulation lemma says what that costs, exactly, in two ways:
     subtracts γ P V̂^π instead.
 
 (I - γ P_π)⁻¹ grows a vector by at most 1/(1-γ), so everything depends on ‖(P - P̂) V‖∞. Four statements about it, each
-claimed with probability 1 - δ:
+claimed with probability 1 - δ, for any π, even one that was chosen from the counts:
 
     (1) V = V̂^π, through rows:  ‖(P - P̂) V̂^π‖∞ ≤ max ‖P - P̂‖₁ / (1-γ),  max ‖P - P̂‖₁ ≤ √(4 S log(S A / δ) / N)      true
                                 (the largest ‖P(·|s, a) - P̂(·|s, a)‖₁ of any pair)
@@ -31,21 +31,23 @@ claimed with probability 1 - δ:
 
     Proof of (1). Weissman: P(‖p - p̂‖₁ ≥ ε) ≤ 2^S exp(-N ε² / 2) for one row; over S A rows the sum of these is δ at
     ε² = 2 (S log 2 + log(S A / δ)) / N, which is at most 4 S log(S A / δ) / N from two states on. It holds for all V at
-    once, so also for one that was computed from the counts. With fewer samples than S log(S A / δ) it says nothing: no
-    two rows differ by more than 2.
+    once, so also for one that was computed from the counts. Up to S log(S A / δ) samples the bound on rows says nothing
+    (no two differ by more than 2), up to four times as many the one on values (they differ by at most 1/(1-γ)): 134 and
+    535 with the defaults.
     Proof of (3). V* is fixed before any sample is drawn, so each entry of P̂ V* is a mean of N independent numbers in
     [0, 1/(1-γ)], and Hoeffding's inequality with a union over S A rows gives half the bound that is claimed.
-    Why (2) and (4) fail. V̂^π and V̂* are functions of the counts, so each of the N numbers V̂(s'_i) whose mean P̂ V̂ is
-    depends on all samples: they are not independent, and their mean need not be P V̂. Hoeffding does not apply. For
-    (4), and for (2) with a π that is fixed before the data, a longer argument (leave-one-out: Agarwal, Kakade and Yang
-    2020) gives nearly the same rate. For (2) with a π that may depend on the counts no argument can: the
-    counterexample.
+    Why (2) and (4) fail. An entry of P̂ V̂ is the average of N numbers V̂(s'_i). V̂ was computed from the counts, so
+    each of them depends on all samples: they are not independent, and the expectation of their average need not be
+    P V̂. Hoeffding does not apply. For (4), and for (2) with a π that is fixed before the data, a longer argument
+    (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate. For (2) with a π that may depend on the
+    counts no argument can: the counterexample.
 
-    Counterexample to (2). N + 1 states, two actions. State 0 leads to one of the N others, all equally likely; each of
-    those is worth 1/(1-γ) if π takes its good action there and 0 if not. Choose π after seeing the counts: good where
-    p̂ > p. Then (P̂ - P) V^π is half of ‖P - P̂‖₁ / (1-γ), about 0.37/(1-γ) for a row of as many samples as states,
-    however large N is, while the bound falls as √(log N / N): in the default experiments it is broken in every draw
-    from 400 states on. (Statement (1) stands, but with as many states as samples it says nothing.)
+    Counterexample to (2). N + 1 states, two actions. State 0 leads to one of the N others, all equally likely; those
+    stay where they are for ever, and are worth 1/(1-γ) if π takes its good action there and 0 if not. Choose π after
+    seeing the counts: good where p̂ > p, p̂ being the row of state 0 and its first action. Then (P̂ - P) V^π is half of
+    ‖P - P̂‖₁ / (1-γ), about 0.37/(1-γ) for a row of as many samples as states, however large N is, while the bound
+    falls as √(log N / N): in the default experiments it is broken in every draw from N = 400 on. (Statement (1) stands,
+    but with as many states as samples it says nothing.)
 
 The value lost by trusting the model follows from equation (L), once with π* and once with π̂*:
 
@@ -60,7 +62,7 @@ Pseudocode:
     for each number of samples N, num_draws times:
         P̂ <- counts / N;  V̂^π, V̂*, π̂* <- the same equations with P̂ for P
         both sides of equations (L) and (T);  ‖(P - P̂) V‖∞ for V̂^π, V*, V̂*;  max ‖P - P̂‖₁;  inside the bounds?
-        the counterexample with N states: inside the bounds?
+        the counterexample with N successors: inside the bound?
 
 Usage:
 
@@ -89,8 +91,9 @@ Every logged tag (metrics.csv; the step is N; means over the draws unless it say
     value/loss                      ‖V* - V^π̂*‖∞
     value/bound                     the right-hand side of equation (T)
 
-With the defaults, random problems are inside all four bounds in all draws: the bounds are loose, chance no adversary. A
-bound that holds there is not proved by it; the counterexample is what tells (2) from (3).
+With the defaults, the random problem is inside all four bounds in all draws (of 1,000: at least 99.7 % of all, with 95
+% confidence): they are loose, and its π is fixed before the data, for which (2) is nearly true. A bound that holds
+there is not proved by it; the counterexample, whose π looks at the counts, is what tells (2) from (3).
 
 Papers: Kearns and Singh 2002 (simulation lemma); Weissman et al. 2003 (the L1 bound); Agarwal, Kakade and Yang 2020,
 arXiv 1906.03804; Agarwal, Jiang, Kakade and Sun, Reinforcement Learning: Theory and Algorithms, chapter 2.
@@ -130,7 +133,7 @@ class Args:
     delta: float = 0.1
     """probability with which a bound may fail"""
     num_samples: tuple[int, ...] = (25, 50, 100, 200, 400, 800, 1_600)
-    """samples of each state-action pair, one experiment each; also the states of the counterexample"""
+    """samples of each state-action pair, one experiment each; also the successors of the counterexample"""
     num_draws: int = 1_000
     """data sets drawn for each number of samples"""
 
@@ -150,7 +153,8 @@ def require(condition: bool, message: str) -> None:
 def check_args(args: Args) -> None:
     for field in fields(args):
         require(getattr(args, field.name) != "", f"--{field.name.replace('_', '-')} is empty")
-    require(len(args.exp_name) <= 100, f"--exp-name has {len(args.exp_name)} characters, at most 100 are allowed")
+    size = len(args.exp_name.encode(errors="surrogateescape"))
+    require(size <= 100, f"--exp-name has {size} bytes, at most 100 are allowed")
     require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2^32), got {args.seed}")
     require(args.num_states >= 2, f"--num-states must be at least 2, got {args.num_states}")
     require(args.num_actions >= 1, f"--num-actions must be at least 1, got {args.num_actions}")
@@ -187,13 +191,13 @@ def policy_value(P: Array, r: Array, policy: NDArray[np.int64], gamma: float) ->
 
 
 def optimal_policy(P: Array, r: Array, gamma: float) -> tuple[NDArray[np.int64], Array]:
-    """Policy iteration, exact in finitely many steps: π* and V*."""
+    """Policy iteration: π* and V*, up to rounding."""
     policy = r.argmax(axis=1)
     while True:
         V = policy_value(P, r, policy, gamma)
         Q = r + gamma * P @ V
-        # Only what is really better: among equals the policy would change for ever.
-        better = Q.max(axis=1) > Q[np.arange(len(r)), policy] + 1e-12
+        # Only what is better by more than rounding: among equals the policy would change for ever.
+        better = Q.max(axis=1) > Q[np.arange(len(r)), policy] + 1e-12 / (1 - gamma)
         if not better.any():
             return policy, V
         policy = np.where(better, Q.argmax(axis=1), policy)

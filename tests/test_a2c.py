@@ -375,8 +375,8 @@ def test_the_step_size_falls_to_nothing(tmp_path):
     [
         ({"batch_size": 9}, "--batch-size 9 must be a multiple of --num-envs 2"),
         ({"batch_size": 200}, "--batch-size 200 is more than --total-timesteps 96"),
-        ({"use_baseline": False}, "--no-use-baseline goes with --gae-lambda None"),
-        ({"reward_to_go": False}, "--no-reward-to-go goes with --gae-lambda None"),
+        ({"use_baseline": False}, "--no-use-baseline goes with --gae-lambda 1"),
+        ({"reward_to_go": False}, "--no-reward-to-go goes with --gae-lambda 1"),
         ({"gae_lambda": 1.5}, "--gae-lambda"),
         ({"gamma": 1.5}, "--gamma"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm"),

@@ -38,7 +38,7 @@ Pseudocode:
 
 Usage:
 
-    python mbpo_sac.py --env-id HalfCheetah-v5                                          # MBPO
+    python mbpo_sac.py --env-id HalfCheetah-v5 --target-entropy -3  # MBPO, with the authors' target entropy
     python mbpo_sac.py --env-id HalfCheetah-v5 --rollout-length 0 --utd-ratio 1 --total-timesteps 1_000_000    # SAC
     python mbpo_sac.py --env-id Hopper-v5 --utd-ratio 20 --total-timesteps 125_000 --rollout-schedule 20 150 1 15 \
         --target-entropy -1             # MBPO, with the authors' schedule, updates a step and entropy for Hopper
@@ -61,7 +61,7 @@ imagined steps, a fixed number of updates after each 5,000 steps) is
 
 Expect of SAC on HalfCheetah-v5 5,000 after 100,000 steps, 9,500 after 600,000 and 11,100 after a million (seed 1; 1.7
 hours on one core of a server from 2023 that also did other things, with --train-dtype bfloat16 --compile), and of MBPO
-8,900 after 150,000 (seed 1; 3.3 hours, before what its model is tested by was held out for good).
+as above 5,900 after 25,000, 9,200 after 100,000 and 10,200 after 150,000 (seed 1; 2.6 hours, likewise).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two

@@ -1011,3 +1011,10 @@ def test_an_action_is_stored_as_it_was_done():
     env.reset(seed=0)
     env.step(np.array([0.1], np.float64))
     assert done[0].dtype == env.actions[0].dtype == np.float32 and env.actions[0] == np.float32(0.1)
+
+
+def test_an_observation_shorter_than_the_positions_has_no_free_angles():
+    env = gym.make("InvertedDoublePendulum-v5")
+    env.reset(seed=0)
+    env.unwrapped._get_obs = lambda: np.zeros(2)
+    assert md.free_angles(env) == []

@@ -669,7 +669,7 @@ def test_an_evaluation_may_plan_in_another_way_and_a_run_may_not(script, tmp_pat
     shorter = script.main(script.parse_args([*other, "--eval-only", "--max-episode-steps", "5"]))
     assert shorter["eval/episodic_length"] == 5
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
-    for words in (other, ["--resume", str(run_dir), "--eval-only", "--gamma", "0.5"]):
+    for words in (other, ["--resume", str(run_dir), "--eval-only", "--hidden-size", "5"]):
         with pytest.raises(SystemExit) as exit:
             script.main(script.parse_args(words))
         assert exit.value.code == 2 and "cannot change to" in capsys.readouterr().err
@@ -1042,7 +1042,7 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (cem, {"start": "uniform", "shift_plan": False}, "--keep-elites 0"),
         (cem, {"noise_beta": 11.0}, "--noise-beta must be at most 10"),
         (cem, {"candidate_decay": 1e200}, "--candidate-decay must be at most 100"),
-        (rs, {"exp_name": "x" * 101}, "--exp-name has 101 characters"),
+        (rs, {"exp_name": "x" * 101}, "--exp-name has 101 bytes"),
         (rs, {"env_id": "Whole-v0"}, "actions must be vectors of real numbers"),
     ],
 )

@@ -32,8 +32,8 @@ Here r is what the discriminator says of a step:
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
 not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. Here
-the penalty keeps the slopes of f near 1, so f cannot fall by much beside the expert's action, and with α = 1 the
-entropy would outweigh it: noise would pay. AIRL's α is 0.1, unless --alpha says otherwise. In D log π, of actions
+the penalty keeps f from being much steeper than 1, so it cannot fall by much beside the expert's action, and with α = 1
+the entropy would outweigh it: noise would pay. AIRL's α is 0.1, unless --alpha says otherwise. In D log π, of actions
 scaled to [-1, 1], is kept within ±max(5, dimensions): the density of the expert's actions under a policy that does
 something else would decide everything, D would be sure, and f would learn nothing.
 

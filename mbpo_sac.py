@@ -1508,11 +1508,11 @@ def learn_to_act(
         means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
 
 
-def model_config(
-    args: Args, env: gym.Env[Any, Any], obs_dim: int, action_dim: int, learn_reward: bool
-) -> dict[str, Any]:
+def model_config(args: Args, env: gym.Env[Any, Any], obs_dim: int, action_dim: int, known: bool) -> dict[str, Any]:
+    """`known`: reward and termination are; without rollouts nobody asks for them."""
     config: dict[str, Any] = {"obs_dim": obs_dim, "action_dim": action_dim, "skip": hidden_positions(env)}
     config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
+    learn_reward = not known and args.rollout_length > 0
     config |= {"activation": args.activation, "learn_reward": learn_reward, "probabilistic": args.probabilistic}
     return config | {"angles": free_angles(env) if args.wrap_angles else []}
 
@@ -1545,11 +1545,10 @@ def main(args: Args) -> dict[str, float]:
     low, high = action_bounds(envs, args.env_id, device)
     check_ranges(low, high, args.env_id)
     formulas = chosen_formulas(args, envs.envs[0]) if args.rollout_length else None
-    learn_reward = formulas is None and args.rollout_length > 0
 
     agent = Agent(obs_dim - skip, low, high, args)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, len(low), device)
-    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), learn_reward)).to(device)
+    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), known=formulas is not None)).to(device)
     model_optimizer = make_optimizer(model, args.model_learning_rate, args.weight_decay)
     imagined = ResizableBuffer(args.buffer_size if args.real_ratio is None else 1, obs_dim, len(low), device)
 

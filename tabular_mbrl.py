@@ -91,9 +91,9 @@ Every logged tag (metrics.csv; the step is N; means over the draws unless it say
     value/loss                      ‖V* - V^π̂*‖∞
     value/bound                     the right-hand side of equation (T)
 
-With the defaults, the random problem is inside all four bounds in all draws (of 1,000: at least 99.7 % of all, with 95
-% confidence): they are loose, and its π is fixed before the data, for which (2) is nearly true. A bound that holds
-there is not proved by it; the counterexample, whose π looks at the counts, is what tells (2) from (3).
+With the defaults, the random problem is inside all four bounds in all draws (of 1,000: at least 99.7% of all, with 95%
+confidence): they are loose, and its π is fixed before the data, for which (2) is nearly true. A bound that holds there
+is not proved by it; the counterexample, whose π looks at the counts, is what tells (2) from (3).
 
 Papers: Kearns and Singh 2002 (simulation lemma); Weissman et al. 2003 (the L1 bound); Agarwal, Kakade and Yang 2020,
 arXiv 1906.03804; Agarwal, Jiang, Kakade and Sun, Reinforcement Learning: Theory and Algorithms, chapter 2.

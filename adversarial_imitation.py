@@ -821,6 +821,10 @@ class Discriminator(nn.Module):
         if self.airl:
             self.potential = nn.Sequential(nn.Linear(obs_dim, units), nn.Tanh(), nn.Linear(units, 1))
         self.register_buffer("spread", torch.ones(()))
+        self.gradients = self.find_gradients
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # the way back is a part of the program
+            self.gradients = compiled(self.find_gradients, low.device)
 
     def steps(self, obs: Tensor, action: Tensor, next_obs: Tensor, terminated: Tensor) -> Step:
         u = 2 * (action - self.low) / (self.high - self.low) - 1
@@ -848,6 +852,26 @@ class Discriminator(nn.Module):
         if logit is None:
             return torch.zeros_like(self.spread)
         return self.reward(self.spread.new_tensor(self.alpha * logit))
+
+    def find_gradients(
+        self, actor: Actor, expert: Transitions, policy: Transitions, weight: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, penalty, the expert's logit, the policy's) and the gradients of equation 4 and the penalty."""
+        steps, logits = [self.steps(*each) for each in (expert, policy)], []
+        for step, (obs, action, _, _) in zip(steps, (expert, policy), strict=True):
+            with torch.no_grad():
+                density = log_prob(actor, obs, action) if self.airl else torch.zeros(())
+            logits.append(self.logit(step, density))
+        loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()  # -log D and -log(1 - D)
+
+        mix = torch.rand(len(expert[0]), 1, device=self.spread.device)
+        between = Step(*(mix * one + (1 - mix) * two for one, two in zip(*steps, strict=True)))
+        inputs = [part.requires_grad_() for part in (between.x, between.u, between.next_x)[: 3 if self.airl else 2]]
+        slopes = torch.autograd.grad(self.score(between).sum(), inputs, create_graph=True)
+        penalty = F.relu(torch.cat(slopes, dim=-1).norm(dim=-1) - 1).square().mean()
+        means = (loss, penalty, logits[0].mean(), logits[1].mean())
+        gradients = torch.autograd.grad(loss + weight * penalty, [*self.parameters()])
+        return torch.stack([mean.detach() for mean in means]), gradients
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -941,24 +965,11 @@ def train_discriminator(
     policy: Transitions, weight: float,
 ) -> Tensor:  # fmt: skip
     """One gradient step on equation 4 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
-    steps, logits = [discriminator.steps(*each) for each in (expert, policy)], []
-    for step, (obs, action, _, _) in zip(steps, (expert, policy), strict=True):
-        with torch.no_grad():
-            density = log_prob(actor, obs, action) if discriminator.airl else torch.zeros(())
-        logits.append(discriminator.logit(step, density))
-    loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()  # -log D and -log(1 - D)
-
-    mix = torch.rand(len(expert[0]), 1, device=actor.action_bias.device)
-    between = Step(*(mix * one + (1 - mix) * two for one, two in zip(*steps, strict=True)))
-    inputs = [
-        part.requires_grad_() for part in (between.x, between.u, between.next_x)[: 3 if discriminator.airl else 2]
-    ]
-    slopes = torch.autograd.grad(discriminator.score(between).sum(), inputs, create_graph=True)
-    penalty = F.relu(torch.cat(slopes, dim=-1).norm(dim=-1) - 1).square().mean()
-    optimizer.zero_grad()
-    (loss + weight * penalty).backward()
+    means, gradients = discriminator.gradients(actor, expert, policy, weight)
+    for parameter, gradient in zip(discriminator.parameters(), gradients, strict=True):
+        parameter.grad = gradient
     optimizer.step()
-    return torch.stack([each.detach() for each in (loss, penalty, logits[0].mean(), logits[1].mean())])
+    return means
 
 
 class Absorption:

@@ -158,12 +158,14 @@ def test_the_discriminators_loss_falls_on_a_fixed_batch(algo):
 def test_equation_4_and_the_penalty(algo, scale):
     judge, expert, policy = discriminator(algo), batch(), batch()
     # With linear functions the slope is the same everywhere: over u and x, and for AIRL over next_x.
-    judge.head, judge.potential = torch.nn.Linear(5, 1), torch.nn.Linear(3, 1)
+    judge.head = torch.nn.Linear(5, 1)
     judge.head.weight.data *= scale / judge.head.weight.norm()
-    w, v, gamma = judge.head.weight[0].detach(), judge.potential.weight[0].detach(), 0.99
+    w, gamma = judge.head.weight[0].detach(), 0.99
     if algo == "gail":
         slope = w.norm()
     else:  # with no ended step, so that γ counts in full
+        judge.potential = torch.nn.Linear(3, 1)
+        v = judge.potential.weight[0].detach()
         expert, policy = (*expert[:3], torch.zeros(32)), (*policy[:3], torch.zeros(32))
         slope = torch.cat([w[:3] - v, w[3:], gamma * v]).norm()
     actor = adv.Actor(3, LOW, HIGH, 8)
@@ -183,6 +185,28 @@ def test_equation_4_and_the_penalty(algo, scale):
     adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 5.0)
     as_before = torch.equal(judge.head.weight, plain["head.weight"])
     assert as_before == (scale < 1), "the penalty is trained on, where the slope is above 1"
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_the_discriminators_gradients_compile_as_one_program(algo, monkeypatch):
+    """With the penalty's slopes of slopes, and without a graph break; the same numbers as without."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(adv, "compiled", lambda f, device: torch.compile(f, backend=backend, fullgraph=True))
+    found, actor, expert, policy = [], adv.Actor(3, LOW, HIGH, 8), batch(), batch()
+    for compile in (False, True):
+        torch.manual_seed(0)
+        judge = adv.Discriminator(3, LOW, HIGH, adv.Args(algo=algo, discriminator_units=16, compile=compile))
+        optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
+        steps = [adv.train_discriminator(judge, optimizer, actor, expert, policy, 10.0) for _ in range(3)]
+        found.append([*steps, *judge.parameters()])
+        assert len(graphs) == compile
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- the absorbing state

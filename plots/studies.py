@@ -897,7 +897,7 @@ STUDIES: tuple[Study, ...] = (
         columns=(RETURN, Column("share of the expert's", "eval/expert_fraction")),
         seeds=1,
     ),
-    imitation("imitation", "HalfCheetah-v5", 1_000_000, minutes=120, algos=("gail", "airl")),
+    imitation("imitation", "HalfCheetah-v5", 500_000, minutes=80, algos=("gail", "airl")),
     imitation("imitation-hopper", "Hopper-v5", 300_000, minutes=40, algos=("gail", "airl", "control")),
     Study(
         name="a2c",

@@ -268,8 +268,8 @@ def draw_heat(axes: Axes, panel: Panel, loaded: dict[str, list[Finished]]) -> No
             last = [seed.curves[tag].values[-1] for seed in loaded[run] if tag in seed.curves]
             if last:
                 table[row, column] = np.mean(last)
-                axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color="white")
-    axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+                axes.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center")
+    axes.imshow(table, cmap="viridis", vmin=0, vmax=1.2 * np.nanmax(table), aspect="auto")  # light enough for black
     axes.set_xticks(range(table.shape[1]), [f"{x:g}" for x, _, _ in panel.series[0].points])
     axes.set_yticks(range(table.shape[0]), [series.label for series in panel.series])
 

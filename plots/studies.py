@@ -795,7 +795,7 @@ STUDIES: tuple[Study, ...] = (
             Column("best", "eval/best_return"),
             Column("share of the expert's", "eval/expert_fraction"),
             Column("action error", "losses/action_error"),
-            Column("ms to act 100 times", "time/act_ms"),
+            Column("ms to act in 100 episodes at once", "time/act_ms"),
         ),
     ),
     Study(

@@ -68,7 +68,7 @@ Usage:
     python adversarial_imitation.py --env-id HalfCheetah-v5 --minari-id mujoco/halfcheetah/expert-v0
     python adversarial_imitation.py --resume RUN_DIR                  # go on exactly where it stopped
     python adversarial_imitation.py --resume RUN_DIR --eval-only      # the evaluation of that run again
-    python adversarial_imitation.py --resume RUN_DIR --save-policy imitator.pt    # its actor, as those of mbpo_sac.py
+    python adversarial_imitation.py --resume RUN_DIR --eval-only --save-policy imitator.pt    # its actor, as a file
 
 On HalfCheetah-v5 GAIL earned 10,160 after 500,000 steps, 0.91 of its expert's return, in 81 minutes on one core of two
 (--train-dtype bfloat16 --compile; one seed).
@@ -93,7 +93,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
     losses/reward_spread        running std of equation 5, by which it is divided (at least by 0.1); 1 for equation 6
-    losses/absorbing_reward     r(end) of equation 9, before that; softplus(-4.6) or -4.6 α where no episode ever ends
+    losses/absorbing_reward     r(end) of equation 9, undivided; softplus(-4.6) or -4.6 α where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
@@ -230,7 +230,7 @@ class Args:
     discriminator_learning_rate: float = 3e-4
     """step size of Adam for the discriminator"""
     discriminator_units: int = 128
-    """units of each of the two hidden layers of the discriminator"""
+    """units of each of the two hidden layers of the discriminator; AIRL's Φ has one such layer"""
     newest: int = 10_000
     """the policy's last steps, which the discriminator is trained on: older ones are another policy's"""
     gradient_penalty: float = 10.0
@@ -310,6 +310,8 @@ def check_args(args: Args) -> None:
     require(fine, f"--target-entropy must be auto or a number, got {target}")
     few = f"--initial-steps {args.initial_steps} of --total-timesteps {args.total_timesteps}: nothing would be learned"
     require(args.initial_steps < args.total_timesteps, few)
+    seldom = f"--discriminator-every {args.discriminator_every}: the discriminator would not learn in this run"
+    require(args.algo == "control" or args.discriminator_every <= args.total_timesteps, seldom)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
     sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
     two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
@@ -621,8 +623,15 @@ def from_file(path: str, env_id: str, obs_dim: int, skip: int, action_dim: int) 
     require(whole, f"--data {path}: episodes and rewards are not one number for each of {len(obs)} observations")
     require(not episode.is_floating_point(), f"--data {path}: episodes must be numbered by integers")
     named = {"observations": obs, "actions": action, "rewards" if ours else "mean_reward": reward}
+    named |= {"terminated": terminated}
     check_data(named, f"--data {path}")
-    require(terminated is None or terminated.shape == episode.shape, f"--data {path}: terminated is not (N,)")
+    require(terminated.shape == episode.shape, f"--data {path}: terminated is not (N,)")
+    require(told or "terminated" not in data, f"--data {path}: terminated needs episode, too: which rows are one's?")
+    number = episode.unique(return_inverse=True)[1]
+    row = torch.arange(len(obs))
+    last = torch.zeros_like(row).scatter_reduce(0, number, row, "amax")[number]  # of the episode, for each row
+    inside = f"--data {path}: an episode goes on after a row that is terminated: number them anew after each end"
+    require(bool(((row == last) | (terminated == 0)).all()), inside)
     expert_return = whole_return(reward, terminated, episode) if ours else reward.item()
     return Demonstrations(obs, action, episode, expert_return, terminated if told else None)
 

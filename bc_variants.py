@@ -78,10 +78,11 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     charts/transitions          transitions in the data
     time/act_ms                 milliseconds in which the policy acts for all evaluation episodes once, median
 
-Deviations: the expert always acts by its best guess; observations are standardised by the first round's training data
-in all rounds of DAgger; Adam goes on from one round to the next (with --stop-after a round begins with the averaged
-weights of the lowest held-out loss, and a new Adam); --weight-decay decays biases, too. An expert's recorded episodes
-have lengths of their own: with another --max-episode-steps eval/expert_fraction compares what does not compare.
+Deviations: the policy of DAgger's last round is kept, not the best of all rounds; the expert always acts by its best
+guess; observations are standardised by the first round's training data in all rounds of DAgger; Adam goes on from one
+round to the next (with --stop-after a round begins with the averaged weights of the lowest held-out loss, and a new
+Adam); --weight-decay decays biases, too. An expert's recorded episodes have lengths of their own: with another
+--max-episode-steps eval/expert_fraction compares what does not compare.
 
 Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
 (equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
@@ -208,7 +209,7 @@ class Args:
     stop_after: int | None = None
     """end a fit after so many evaluations without a lower held-out loss; it ends with the lowest; None: neither"""
     ema_decay: float = 0.999
-    """what acts and is measured is a running mean of the weights with this decay; 0: the weights as they are"""
+    """decay of the running mean of the weights that acts and is measured, at first i / (i + 10); 0: the weights"""
     eval_every: int = 10_000
     """steps between evaluations"""
     eval_episodes: int = 20

@@ -315,6 +315,22 @@ def test_a_dict_may_tell_episodes_apart_and_say_which_ended(tmp_path):
     assert told.transitions()[3].tolist() == [0, 0, 0, 1] and told.absorbed(10) == pytest.approx(8 / 13)
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"terminated": torch.tensor([0, 1, 0, 0, 0])}, "goes on after a row that is terminated"),
+        ({"terminated": torch.tensor([0, 0, 0, 0, math.nan])}, "terminated has 1 non-finite values"),
+        ({"terminated": torch.zeros(5), "episode": None}, "terminated needs episode"),
+    ],
+)
+def test_ends_that_cannot_be_are_refused(tmp_path, capfd, changes, words):
+    rows = {"observations": torch.arange(5.0)[:, None], "actions": torch.zeros(5, 1), "mean_reward": 7.0}
+    rows |= {"episode": torch.tensor([3, 3, 3, 8, 8])} | changes
+    with pytest.raises(SystemExit) as exit:
+        adv.from_file(str(saved(tmp_path, {k: v for k, v in rows.items() if v is not None})), "Pendulum-v1", 1, 0, 1)
+    assert exit.value.code == 2 and words in capfd.readouterr().err
+
+
 def test_pieces_of_episodes_do_not_count_as_returns(tmp_path):
     rows = recorded(30) | {"reward": torch.ones(30), "episode": torch.tensor([0] * 20 + [1] * 5 + [2] * 5)}
     rows["terminated"] = torch.zeros(30)
@@ -598,6 +614,7 @@ def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_pa
     [
         ({"gamma": 1.0}, "--gamma must lie in [0, 1)"),
         ({"initial_steps": 80}, "nothing would be learned"),
+        ({"discriminator_every": 81}, "the discriminator would not learn in this run"),
         ({"expert": "nowhere/expert.pt"}, "make it with: mkdir -p nowhere && python mbpo_sac.py --env-id Pendulum-v1"),
         ({"expert": __file__}, "is no actor of mbpo_sac.py"),
         ({"env_id": "Hopper-v5", "expert": "{tmp}/Pendulum-v1.pt"}, "was made for Pendulum-v1, not for Hopper-v5"),

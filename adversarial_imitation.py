@@ -1422,8 +1422,11 @@ def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) ->
     checkpointer.restore(checkpoint)
     step = checkpointer.progress["step"]
     few = f"--total-timesteps {args.total_timesteps}: {checkpointer.run_dir} has had {step}"
-    as_before = args.total_timesteps == load_args(str(checkpointer.run_dir)).total_timesteps
-    require(step < args.total_timesteps or as_before, few)
+    before = load_args(str(checkpointer.run_dir))
+    unfinished = step < args.total_timesteps
+    require(unfinished or args.total_timesteps == before.total_timesteps, few)
+    idle = f"--eval-episodes {args.eval_episodes}: {checkpointer.run_dir} has finished; evaluate it with --eval-only"
+    require(unfinished or args.eval_only or args.eval_episodes == before.eval_episodes, idle)
 
 
 def prepare_torch(args: Args) -> torch.device:

@@ -1308,6 +1308,18 @@ def prepare_torch(args: Args) -> torch.device:
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
+# Differs: rounds instead of environment steps
+def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint that is not beyond what was asked for."""
+    checkpointer.restore(checkpoint)
+    run_dir, done, fitted = checkpointer.run_dir, checkpointer.progress["round"], checkpointer.progress["fit_step"]
+    require(done <= args.dagger_rounds, f"--dagger-rounds {args.dagger_rounds}: {run_dir} has had {done}")
+    unfinished = done < args.dagger_rounds or fitted < args.train_steps
+    idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"
+    as_before = args.eval_episodes == load_args(str(run_dir)).eval_episodes
+    require(unfinished or args.eval_only or as_before, idle)
+
+
 def main(args: Args) -> dict[str, float]:
     check_args(args)
     checkpoint = load_checkpoint(args) if args.resume else None
@@ -1341,7 +1353,7 @@ def main(args: Args) -> dict[str, float]:
     parts = {"policy": policy, "average": average, "best": best, "optimizer": optimizer, "data": data}
     checkpointer = Checkpointer(run_dir, progress, parts)
     if checkpoint:
-        checkpointer.restore(checkpoint)
+        go_on(args, checkpointer, checkpoint)
     if args.eval_only:
         video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
         again, returns = evaluate(args, average, data.expert_return, args.eval_episodes, device, video)

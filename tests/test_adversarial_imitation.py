@@ -519,7 +519,7 @@ def test_how_often_each_is_trained(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("algo", ["gail", "airl"])
-def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, algo):
+def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_path, algo, capsys):
     policy = tmp_path / "policy.pt"
     result, run_dir = run(tiny(tmp_path, algo=algo, save_policy=str(policy), total_timesteps=2_010, eval_every=1_000))
     tags = {row[1] for row in csv.reader((run_dir / "metrics.csv").open())} - {"tag"}
@@ -530,6 +530,9 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
     (tmp_path / "Pendulum-v1.pt").unlink()  # the demonstrations lie in the checkpoint
     again = adv.main(adv.parse_args(["--resume", str(run_dir), "--eval-only"]))
     assert again == {name: value for name, value in result.items() if name != "minutes"}
+    with pytest.raises(SystemExit) as exit:  # it would evaluate nothing, and its args.json would say otherwise
+        adv.main(adv.parse_args(["--resume", str(run_dir), "--eval-episodes", "3"]))
+    assert exit.value.code == 2 and "has finished; evaluate it with --eval-only" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     # The imitator can be an expert itself.
     actor = bc_variants.load_expert(str(policy), "Pendulum-v1", 3, torch.tensor([-2.0]), torch.tensor([2.0]))

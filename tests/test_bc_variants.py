@@ -489,6 +489,23 @@ def test_a_run_leaves_its_metrics_and_says_the_same_when_evaluated_again(tmp_pat
         assert returns.mean() == pytest.approx(result["eval/episodic_return"])
 
 
+def test_a_finished_run_is_not_resumed_as_another_one(tmp_path, capsys):
+    _, run_dir = run(tiny(tmp_path, dagger_rounds=1, dagger_episodes=1))
+    before = (run_dir / "args.json").read_text()
+    for flags, words in (
+        (["--eval-episodes", "3"], "has finished; evaluate it with --eval-only"),
+        (["--dagger-rounds", "0"], f"--dagger-rounds 0: {run_dir} has had 1"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            bc.main(bc.parse_args(["--resume", str(run_dir), *flags]))
+        assert exit.value.code == 2 and words in capsys.readouterr().err
+    assert (run_dir / "args.json").read_text() == before
+    more = bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "2", "--eval-episodes", "3"])
+    assert (
+        bc.main(more)["eval/episodic_return"] and json.loads((run_dir / "args.json").read_text())["dagger_rounds"] == 2
+    )
+
+
 def test_a_fresh_process_evaluates_to_the_same_return(tmp_path):
     result, run_dir = run(tiny(tmp_path, variant="gmm"))
     script = [sys.executable, bc.__file__, "--resume", str(run_dir), "--eval-only", "--num-threads", "1"]

@@ -26,16 +26,17 @@ Here r is what the discriminator says of a step:
 
     D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
     GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
-    AIRL:   logit = f(s, a, s') / α - log π(a|s)    r = f                                                           (6)
+    AIRL:   logit = f(s, a, s') - α log π(a|s)      r = f                                                           (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
 In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
 not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. Here
 the penalty keeps f from being much steeper than 1, so it cannot fall by much beside the expert's action, and with α = 1
-the entropy would outweigh it: noise would pay. AIRL's α is 0.1, unless --alpha says otherwise. In D log π, of actions
-scaled to [-1, 1], is kept within ±max(5, dimensions): the density of the expert's actions under a policy that does
-something else would decide everything, D would be sure, and f would learn nothing.
+the entropy would outweigh it: noise would pay. It is SAC's own temperature, times the spread by which the rewards are
+divided, so that SAC makes the mean logit as large as it can. (With f / α - log π, which says the same at the optimum,
+D is sure of every step by an f that is steep, and learns little more.) In D log π, of actions scaled to [-1, 1], is
+kept within ±max(5, dimensions): the expert's actions may have hardly any density under another policy.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) teach it to
 stay alive, whatever the expert does, and rewards that may be negative teach it to end quickly. So an episode that has
@@ -45,11 +46,13 @@ as many steps of the one as of the other, and no `end`. With p the share of the 
     logit(end) = log(p_expert / p_policy);   all other logits:  + log((1 - p_expert) / (1 - p_policy))              (8)
     a step that ends the episode is paid  r + γ / (1 - γ) r(end), as if `end` went on for ever                      (9)
 
-set that right (AIRL: r(end) = α logit(end), and f gets α times the other one). Both logarithms are kept within ±5. A
-share of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must
-not pay. With --no-absorbing nothing comes after the end. `--algo control` pays 1 for each step and learns nothing of
-the expert (whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth,
-and no merit of imitation.
+set that right (AIRL: f(end) = logit(end), and the other one is added to f). Both logarithms are kept within ±5. A share
+of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must not pay.
+AIRL's rewards, that of `end`, too, are shifted by their running mean: where all goes on for ever, that changes no
+policy, and the critics need not follow a D that changes its mind about everything at once. With --no-absorbing nothing
+comes after the end, and nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert
+(whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth, and no merit
+of imitation.
 
 Pseudocode:
 
@@ -58,7 +61,7 @@ Pseudocode:
         a ~ π(.|s);  s <- environment step with a;  buffer <- buffer + transition   (initial_steps at random)
         every discriminator_every steps: one gradient step on equation 4 for a batch of each, plus
             10 max(0, |∇| - 1)², ∇ that of h or f, at random points between the two      (the gradient penalty)
-        batch <- buffer, its rewards by equations 8, 5 (over their spread) or 6, and 9;  one step of SAC
+        batch <- buffer, its rewards by equations 8, 5 or 6, and 9, over their running spread;  one step of SAC
 
 Usage:
 
@@ -92,8 +95,9 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/gradient_penalty     max(0, |∇ h| - 1)², or of f
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
-    losses/reward_spread        running std of equation 5, by which it is divided (at least by 0.1); 1 for equation 6
-    losses/absorbing_reward     r(end) of equation 9, undivided; softplus(-4.6) or -4.6 α where no episode ever ends
+    losses/reward_spread        running std of equation 5 or 6, by which rewards are divided (at least by 0.1)
+    losses/reward_mean          running mean of equation 6, which is taken off; 0 for equation 5 and with --no-absorbing
+    losses/absorbing_reward     r(end) of equation 9, as it is; softplus(-4.6) or -4.6 where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
@@ -109,9 +113,9 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
 
 Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps instead
 of its own alone, whose log π is by then another one; equation 8 in place of a network's output; the penalty is on
-slopes above 1 only (Gulrajani's pulls every slope to 1, up as well as down); GAIL's rewards are scaled, not shifted,
-AIRL's are neither; the expert that plays here plays its best guess, and so has no density; SAC's actor, critics and
-temperature step together, by the weights before.
+slopes above 1 only (Gulrajani's pulls every slope to 1, up as well as down); rewards are scaled, and AIRL's shifted;
+the expert that plays here plays its best guess, and so has no density; SAC's actor, critics and temperature step
+together, by the weights before.
 
 Papers: Ho and Ermon 2016, GAIL, arXiv 1606.03476 (equations 4, 5: its 15 to 18, its D is our 1 - D); Fu et al. 2018,
 AIRL, arXiv 1710.11248 (equations 6, 7: its section 6); Kostrikov et al. 2019, DAC, arXiv 1809.02925 (off-policy,
@@ -135,7 +139,7 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -222,7 +226,7 @@ class Args:
 
     # Discriminator
     algo: Literal["gail", "airl", "control"] = "gail"
-    """what the policy is paid: equation 5, equation 6 (temperature 0.1 unless --alpha is given), or 1 for each step"""
+    """what the policy is paid: equation 5, equation 6 or 1 for each step"""
     absorbing: bool = True
     """an ended episode goes on in an absorbing state: equations 8 and 9"""
     discriminator_every: int = 2
@@ -316,10 +320,8 @@ def check_args(args: Args) -> None:
     sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
     two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
     require(len(sources) < 2, f"{two} are two sources: give one of them")
-    cold = f"--alpha {args.alpha}: AIRL's discriminator divides by it, give at least 0.001"
-    require(args.algo != "airl" or args.alpha is None or args.alpha >= 1e-3, cold)
-    fixed = args.algo == "airl" or args.alpha is not None
-    require(target == "auto" or not fixed, "--target-entropy is for an --alpha that adapts itself, this one is fixed")
+    fixed = "--target-entropy is for an --alpha that adapts itself, this one is fixed"
+    require(target == "auto" or args.alpha is None, fixed)
     if args.data is not None and args.resume is None:
         require(Path(args.data).is_file(), f"--data {args.data}: there is no such file")
     if args.resume is None and args.data is None and args.minari_id is None:
@@ -808,21 +810,16 @@ class Step(NamedTuple):
     terminated: Tensor  # (B, 1)
 
 
-def fixed_alpha(args: Args) -> float | None:
-    """AIRL's discriminator is made for one temperature: there it does not adapt."""
-    return 0.1 if args.algo == "airl" and args.alpha is None else args.alpha
-
-
 class Discriminator(nn.Module):
     """h of equation 5, or g and Φ of equation 7."""
 
     spread: Tensor
+    centre: Tensor
 
     def __init__(self, obs_dim: int, low: Tensor, high: Tensor, args: Args):
         super().__init__()
         units = args.discriminator_units
         self.airl = args.algo == "airl"
-        self.alpha = (args.alpha or 0.1) if self.airl else 1.0  # of equation 6
         # log π counts in the environment's units, its bounds for actions scaled to [-1, 1].
         self.log_scale, self.bound = ((high - low) / 2).log().sum().item(), max(5.0, len(low))
         self.gamma, self.low, self.high = args.gamma, low, high
@@ -833,6 +830,7 @@ class Discriminator(nn.Module):
         if self.airl:
             self.potential = nn.Sequential(nn.Linear(obs_dim, units), nn.Tanh(), nn.Linear(units, 1))
         self.register_buffer("spread", torch.ones(()))
+        self.register_buffer("centre", torch.zeros(()))
         self.gradients = self.find_gradients
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # the way back is a part of the program
@@ -850,30 +848,34 @@ class Discriminator(nn.Module):
             found = found + self.gamma * after - self.potential(step.x)
         return found[:, 0]
 
-    def logit(self, step: Step, log_prob: Tensor) -> Tensor:
+    def logit(self, step: Step, log_prob: Tensor, alpha: Tensor) -> Tensor:
         if not self.airl:
             return self.score(step)
         scaled = (log_prob + self.log_scale).clamp(-self.bound, self.bound)
-        return self.score(step) / self.alpha - (scaled - self.log_scale)
+        return self.score(step) - alpha * self.scale() * (scaled - self.log_scale)
+
+    def scale(self) -> Tensor:
+        """What rewards are divided by, and SAC's temperature multiplied with."""
+        return self.spread.clamp(min=0.1)
 
     def reward(self, score: Tensor) -> Tensor:
         return score if self.airl else F.softplus(score)
 
     def absorbing_reward(self, logit: float | None) -> Tensor:
-        """Equation 8's state has one action, and so log π = 0 and f is α logit. None: nothing is paid there."""
+        """Equation 8's state has one action, and so log π = 0 and f is the logit. None: nothing is paid there."""
         if logit is None:
             return torch.zeros_like(self.spread)
-        return self.reward(self.spread.new_tensor(self.alpha * logit))
+        return self.reward(self.spread.new_tensor(logit))
 
     def find_gradients(
-        self, actor: Actor, expert: Transitions, policy: Transitions, weight: float
+        self, actor: Actor, alpha: Tensor, expert: Transitions, policy: Transitions, weight: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, penalty, the expert's logit, the policy's) and the gradients of equation 4 and the penalty."""
         steps, logits = [self.steps(*each) for each in (expert, policy)], []
         for step, (obs, action, _, _) in zip(steps, (expert, policy), strict=True):
             with torch.no_grad():
                 density = log_prob(actor, obs, action) if self.airl else torch.zeros(())
-            logits.append(self.logit(step, density))
+            logits.append(self.logit(step, density, alpha))
         loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()  # -log D and -log(1 - D)
 
         mix = torch.rand(len(expert[0]), 1, device=self.spread.device)
@@ -973,11 +975,11 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
 
 
 def train_discriminator(
-    discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor, expert: Transitions,
+    discriminator: Discriminator, optimizer: torch.optim.Optimizer, agent: Agent, expert: Transitions,
     policy: Transitions, weight: float,
 ) -> Tensor:  # fmt: skip
     """One gradient step on equation 4 and the penalty; returns (loss, penalty, the expert's logit, the policy's)."""
-    means, gradients = discriminator.gradients(actor, expert, policy, weight)
+    means, gradients = discriminator.gradients(agent.actor, agent.temperature(), expert, policy, weight)
     for parameter, gradient in zip(discriminator.parameters(), gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -1020,14 +1022,16 @@ class Absorption:
 
 
 @torch.no_grad()
-def learned_reward(discriminator: Discriminator, batch: Transitions, absorbing: Tensor, elsewhere: float) -> Tensor:
-    """Equations 5 and 9 over their (running) spread, 6 and 9 as they are (B,), with what equation 8 adds to logits."""
+def learned_reward(discriminator: Discriminator, batch: Transitions, there: float | None, elsewhere: float) -> Tensor:
+    """Equations 5 or 6 and 9 over their running spread (B,), with what equation 8 says of `end` and of other states."""
     step = discriminator.steps(*batch)
-    reward = discriminator.reward(discriminator.score(step) + discriminator.alpha * elsewhere)
-    if not discriminator.airl:
-        discriminator.spread.lerp_(reward.std(), 0.001)
-    reward = reward + step.terminated[:, 0] * discriminator.gamma / (1 - discriminator.gamma) * absorbing
-    return reward / discriminator.spread.clamp(min=0.1)
+    reward = discriminator.reward(discriminator.score(step) + elsewhere)
+    discriminator.spread.lerp_(reward.std(), 0.001)
+    if discriminator.airl and there is not None:
+        discriminator.centre.lerp_(reward.mean(), 0.001)
+    end = discriminator.absorbing_reward(there) - discriminator.centre
+    after = step.terminated[:, 0] * (discriminator.gamma / (1 - discriminator.gamma) * end)
+    return (reward - discriminator.centre + after) / discriminator.scale()
 
 
 # Differs: there is no model, and the environment's reward is a secret
@@ -1041,7 +1045,7 @@ def sample_batch(args: Args, buffer: ReplayBuffer, skip: int, newest: int | None
 
 
 def tell_apart(
-    args: Args, discriminator: Discriminator, optimizer: torch.optim.Optimizer, actor: Actor,
+    args: Args, discriminator: Discriminator, optimizer: torch.optim.Optimizer, agent: Agent,
     expert_steps: list[Tensor], buffer: ReplayBuffer,
 ) -> Tensor:  # fmt: skip
     """Train the discriminator on as many of the expert's transitions as of the policy's newest."""
@@ -1049,7 +1053,7 @@ def tell_apart(
     obs, action, next_obs, terminated = (column[chosen] for column in expert_steps)
     skip = buffer.obs.shape[1] - obs.shape[1]
     batches = (obs, action, next_obs, terminated), sample_batch(args, buffer, skip, args.newest)
-    return train_discriminator(discriminator, optimizer, actor, *batches, args.gradient_penalty)
+    return train_discriminator(discriminator, optimizer, agent, *batches, args.gradient_penalty)
 
 
 class Means:
@@ -1082,7 +1086,7 @@ class Means:
 class DiscriminatorMeans(Means):
     names = (
         "losses/discriminator_loss", "losses/gradient_penalty", "losses/expert_logit", "losses/policy_logit",
-        "losses/reward_spread", "losses/absorbing_reward",
+        "losses/reward_spread", "losses/reward_mean", "losses/absorbing_reward",
     )  # fmt: skip
 
 
@@ -1451,7 +1455,7 @@ def main(args: Args) -> dict[str, float]:
     limit: int = envs.envs[0].spec.max_episode_steps  # type: ignore[union-attr, assignment]
     data, expert_steps, absorbed = expert_data(args, checkpoint, (obs_dim, skip, action_dim), low, high, limit)
 
-    agent = Agent(obs_dim, low, high, replace(args, alpha=fixed_alpha(args)))
+    agent = Agent(obs_dim, low, high, args)
     discriminator = Discriminator(obs_dim, low, high, args).to(device)
     judge_optimizer = torch.optim.Adam(discriminator.parameters(), args.discriminator_learning_rate, fused=True)
     absorption = Absorption(absorbed, limit, args.newest)
@@ -1500,15 +1504,15 @@ def main(args: Args) -> dict[str, float]:
 
             for number in range(max(step - args.num_envs, args.initial_steps) + 1, step + 1):
                 there, elsewhere = absorption.logits() if args.absorbing else (None, 0.0)
-                absorbing = discriminator.absorbing_reward(there)
                 if args.algo != "control" and number % args.discriminator_every == 0:
-                    found = tell_apart(args, discriminator, judge_optimizer, agent.actor, expert_steps, buffer)
-                    judged.add(torch.cat([found, torch.stack([discriminator.spread, absorbing])]))
+                    found = tell_apart(args, discriminator, judge_optimizer, agent, expert_steps, buffer)
+                    paid = discriminator.spread, discriminator.centre, discriminator.absorbing_reward(there)
+                    judged.add(torch.cat([found, torch.stack(paid)]))
                     watch.lap("time/share_discriminator")
                 batch = obs, action, next_obs, terminated = sample_batch(args, buffer, skip)
                 reward = torch.ones_like(terminated)
                 if args.algo != "control":
-                    reward = learned_reward(discriminator, batch, absorbing, elsewhere)
+                    reward = learned_reward(discriminator, batch, there, elsewhere)
                 means.add(agent.update(obs, action, next_obs, reward, terminated))
                 watch.lap("time/share_updates")
             bar.update(args.num_envs)

@@ -86,6 +86,10 @@ def discriminator(algo: str = "airl", **changes) -> adv.Discriminator:
     return made
 
 
+def tiny_agent() -> adv.Agent:
+    return adv.Agent(3, LOW, HIGH, adv.Args(units=8))
+
+
 def batch(count: int = 32, shift: float = 0.0) -> adv.Transitions:
     obs, next_obs = shift + torch.randn(count, 3), shift + torch.randn(count, 3)
     action = LOW + torch.rand(count, 2) * (HIGH - LOW)
@@ -109,20 +113,21 @@ def test_the_density_of_given_actions_is_torchs_and_saturated_ones_are_finite():
     assert adv.log_prob(actor, obs, HIGH.expand(40, -1)).isfinite().all()
 
 
-@pytest.mark.parametrize("alpha", [None, 1.0, 0.4])
-def test_airls_logit_is_that_of_its_discriminator(alpha):
-    """D = exp f / (exp f + π), Fu et al. 2018, at temperature 1."""
-    judge, rows, log_prob = discriminator(alpha=alpha), batch(), torch.randn(32)
-    step = judge.steps(*rows)
+@pytest.mark.parametrize("alpha, spread", [(1.0, 1.0), (0.4, 2.0), (0.0, 1.0), (0.5, 1e-6)])
+def test_airls_logit_is_that_of_its_discriminator(alpha, spread):
+    """D = exp f / (exp f + π), Fu et al. 2018, at temperature 1; exp f / (exp f + π^α) at SAC's times the spread."""
+    judge, rows, log_prob = discriminator(), batch(), torch.randn(32)
+    judge.spread.fill_(spread)
+    step, temperature = judge.steps(*rows), torch.tensor(alpha)
     far, scale = torch.full((32,), 40.0), ((HIGH - LOW) / 2).log().sum()
-    torch.testing.assert_close(judge.logit(step, far), judge.logit(step, far / 8 - scale))  # ±5 of actions in [-1, 1]
-    torch.testing.assert_close(judge.logit(step, -far), judge.logit(step, -far / 8 - scale))
+    for sign in (1, -1):  # ±5 of actions in [-1, 1]
+        bound = judge.logit(step, sign * far / 8 - scale, temperature)
+        torch.testing.assert_close(judge.logit(step, sign * far, temperature), bound)
     many = adv.Discriminator(3, -torch.ones(12), torch.ones(12), adv.Args(algo="airl"))
     assert many.bound == 12, "as large as the mean log π of a policy that has SAC's usual target entropy"
     f = judge.score(step)
-    played = (f / (alpha or 0.1)).exp()
-    expected = played / (played + log_prob.exp())
-    torch.testing.assert_close(torch.sigmoid(judge.logit(step, log_prob)), expected)
+    expected = f.exp() / (f.exp() + log_prob.exp() ** (alpha * max(spread, 0.1)))
+    torch.testing.assert_close(torch.sigmoid(judge.logit(step, log_prob, temperature)), expected)
     x, next_x = judge.normaliser(rows[0]), judge.normaliser(rows[2])
     u = 2 * (rows[1] - LOW) / (HIGH - LOW) - 1
     shaped = judge.head(torch.cat([x, u], 1)) - judge.potential(x)
@@ -135,7 +140,8 @@ def test_gails_logit_knows_no_density_and_its_reward_is_positive():
     judge, rows = discriminator("gail"), batch()
     step = judge.steps(*rows)
     score = judge.score(step)
-    assert torch.equal(judge.logit(step, torch.randn(32)), score) and not hasattr(judge, "potential")
+    same = torch.equal(judge.logit(step, torch.randn(32), torch.ones(())), score)
+    assert same and not hasattr(judge, "potential")
     torch.testing.assert_close(judge.reward(score), -(1 - torch.sigmoid(score)).log())
     other = judge.steps(rows[0], rows[1], torch.randn(32, 3), 1 - rows[3])
     assert torch.equal(judge.score(other), score), "what comes after is not seen"
@@ -145,10 +151,10 @@ def test_gails_logit_knows_no_density_and_its_reward_is_positive():
 def test_the_discriminators_loss_falls_on_a_fixed_batch(algo):
     judge = discriminator(algo)
     optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
-    actor = adv.Actor(3, LOW, HIGH, 16)
-    expert, policy = batch(shift=1.0), batch(shift=-1.0)
+    agent = tiny_agent()
+    actor, expert, policy = agent.actor, batch(shift=1.0), batch(shift=-1.0)
     expert, policy = ((rows[0], actor.sample(rows[0])[0].detach(), *rows[2:]) for rows in (expert, policy))
-    losses = [adv.train_discriminator(judge, optimizer, actor, expert, policy, 0.1) for _ in range(200)]
+    losses = [adv.train_discriminator(judge, optimizer, agent, expert, policy, 0.1) for _ in range(200)]
     assert losses[-1][0] < 0.5 * losses[0][0]
     assert losses[-1][2] > losses[-1][3] + 2, "the expert's logit above the policy's"
     assert all(weight.grad is None for weight in actor.parameters())
@@ -168,21 +174,21 @@ def test_equation_4_and_the_penalty(algo, scale):
         v = judge.potential.weight[0].detach()
         expert, policy = (*expert[:3], torch.zeros(32)), (*policy[:3], torch.zeros(32))
         slope = torch.cat([w[:3] - v, w[3:], gamma * v]).norm()
-    actor = adv.Actor(3, LOW, HIGH, 8)
+    agent = tiny_agent()
     logits = []
     for rows in (expert, policy):
-        density = adv.log_prob(actor, rows[0], rows[1]) if algo == "airl" else torch.zeros(())
-        logits.append(judge.logit(judge.steps(*rows), density).detach())
+        density = adv.log_prob(agent.actor, rows[0], rows[1]) if algo == "airl" else torch.zeros(())
+        logits.append(judge.logit(judge.steps(*rows), density, agent.temperature()).detach())
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
     expected = entropy(logits[0], torch.ones(32)) + entropy(logits[1], torch.zeros(32))
     before = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
-    found = adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 0.0)
+    found = adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), agent, expert, policy, 0.0)
     penalty = (slope - 1).clamp(min=0) ** 2
     torch.testing.assert_close(found, torch.stack([expected, penalty, logits[0].mean(), logits[1].mean()]))
     plain = {name: weight.detach().clone() for name, weight in judge.named_parameters()}
     assert any(not torch.equal(plain[name], before[name]) for name in before)
     judge.load_state_dict(before, strict=False)
-    adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), actor, expert, policy, 5.0)
+    adv.train_discriminator(judge, torch.optim.SGD(judge.parameters(), 0.1), agent, expert, policy, 5.0)
     as_before = torch.equal(judge.head.weight, plain["head.weight"])
     assert as_before == (scale < 1), "the penalty is trained on, where the slope is above 1"
 
@@ -197,12 +203,12 @@ def test_the_discriminators_gradients_compile_as_one_program(algo, monkeypatch):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     monkeypatch.setattr(adv, "compiled", lambda f, device: torch.compile(f, backend=backend, fullgraph=True))
-    found, actor, expert, policy = [], adv.Actor(3, LOW, HIGH, 8), batch(), batch()
+    found, agent, expert, policy = [], tiny_agent(), batch(), batch()
     for compile in (False, True):
         torch.manual_seed(0)
         judge = adv.Discriminator(3, LOW, HIGH, adv.Args(algo=algo, discriminator_units=16, compile=compile))
         optimizer = torch.optim.Adam(judge.parameters(), 1e-2)
-        steps = [adv.train_discriminator(judge, optimizer, actor, expert, policy, 10.0) for _ in range(3)]
+        steps = [adv.train_discriminator(judge, optimizer, agent, expert, policy, 10.0) for _ in range(3)]
         found.append([*steps, *judge.parameters()])
         assert len(graphs) == compile
     torch._dynamo.reset()
@@ -217,20 +223,29 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
     judge, rows = discriminator(algo), batch(500)
     raw = judge.reward(judge.score(judge.steps(*rows))).detach()
     judge.spread.fill_(2.0)
+    judge.centre.fill_(0.5 if algo == "airl" else 0.0)
     absorbing = judge.absorbing_reward(-1.5)
-    torch.testing.assert_close(absorbing, torch.tensor(-0.15) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
-    found = adv.learned_reward(judge, rows, absorbing, 0.0)
-    # AIRL's f is made for its temperature: it is not scaled.
-    spread = 0.999 * 2.0 + 0.001 * raw.std() if algo == "gail" else judge.spread
-    torch.testing.assert_close(judge.spread, spread)
-    torch.testing.assert_close(found, (raw + rows[3] * 99 * absorbing) / spread)
+    torch.testing.assert_close(absorbing, torch.tensor(-1.5) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
+    found = adv.learned_reward(judge, rows, -1.5, 0.0)
+    spread = 0.999 * 2.0 + 0.001 * raw.std()
+    centre = 0.999 * 0.5 + 0.001 * raw.mean() if algo == "airl" else torch.zeros(())  # AIRL's rewards are shifted
+    torch.testing.assert_close([judge.spread, judge.centre], [spread, centre])
+    torch.testing.assert_close(found, (raw - centre + rows[3] * 99 * (absorbing - centre)) / spread)
     rows = (*rows[:3], torch.zeros(500))
     raw = judge.score(judge.steps(*rows)).detach()
-    more = adv.learned_reward(judge, rows, absorbing, 2.0) * judge.spread
-    torch.testing.assert_close(more, raw + 0.2 if algo == "airl" else torch.nn.functional.softplus(raw + 2.0))
+    more = adv.learned_reward(judge, rows, -1.5, 2.0) * judge.spread + judge.centre
+    torch.testing.assert_close(more, raw + 2.0 if algo == "airl" else torch.nn.functional.softplus(raw + 2.0))
     judge.spread.fill_(1e-6)
-    assert algo == "airl" or adv.learned_reward(judge, rows, absorbing, 0.0).max() < 100
-    assert judge.absorbing_reward(None) == 0
+    assert adv.learned_reward(judge, rows, -1.5, 0.0).abs().max() < 100
+
+
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_without_an_absorbing_state_nothing_comes_after_the_end_and_nothing_is_shifted(algo):
+    judge, rows = discriminator(algo), batch(500)
+    raw = judge.reward(judge.score(judge.steps(*rows))).detach()
+    found = adv.learned_reward(judge, rows, None, 0.0)
+    torch.testing.assert_close(found, raw / judge.spread)
+    assert judge.absorbing_reward(None) == 0 and judge.centre == 0
 
 
 def test_shares_of_the_absorbing_state():
@@ -371,10 +386,10 @@ def saved(tmp_path: Path, contents: dict[str, object]) -> Path:
 def test_a_sure_discriminator_still_leans_towards_the_expert(algo):
     """Expert and policy far apart: hardly a loss is left, but every step of the way to the expert pays."""
     torch.manual_seed(0)
-    judge, actor = discriminator(algo), adv.Actor(3, LOW, HIGH, 8)
+    judge, agent = discriminator(algo), tiny_agent()
     optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
     for _ in range(1_500):
-        adv.train_discriminator(judge, optimizer, actor, batch(64, shift=3.0), batch(64, shift=-3.0), 10.0)
+        adv.train_discriminator(judge, optimizer, agent, batch(64, shift=3.0), batch(64, shift=-3.0), 10.0)
     between = torch.linspace(-3.0, 3.0, 13)[:, None].expand(-1, 3)
     actions, ends = ((LOW + HIGH) / 2).expand(13, -1), torch.zeros(13)
     scores = judge.score(judge.steps(between, actions, between, ends))
@@ -395,11 +410,23 @@ def test_the_newest_steps_are_the_newest_even_when_the_buffer_has_gone_round():
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("algo, alpha, used", [("airl", None, 0.1), ("airl", 0.3, 0.3), ("gail", 0.3, 0.3)])
-def test_airls_temperature_is_fixed(tmp_path, algo, alpha, used):
-    _, run_dir = run(tiny(tmp_path, algo=algo, alpha=alpha))
+@pytest.mark.parametrize("algo", ["gail", "airl"])
+def test_a_given_temperature_stays(tmp_path, algo):
+    _, run_dir = run(tiny(tmp_path, algo=algo, alpha=0.3))
     found = [float(row[2]) for row in logged(run_dir) if row[1] == "losses/alpha"]
-    assert found and all(value == pytest.approx(used) for value in found)
+    assert found and all(value == pytest.approx(0.3) for value in found)
+
+
+def test_airls_discriminator_counts_the_density_at_the_policys_temperature(tmp_path, monkeypatch):
+    original, seen = adv.Discriminator.logit, []
+
+    def watched(self, step, log_prob, alpha):
+        seen.append(alpha.item())
+        return original(self, step, log_prob, alpha)
+
+    monkeypatch.setattr(adv.Discriminator, "logit", watched)
+    run(tiny(tmp_path, algo="airl", learning_rate=1e-2))
+    assert seen[0] > 0.98 and seen[-1] < 0.9, "SAC's, which adapts itself"
 
 
 def test_the_discriminator_sees_the_policys_newest_steps(tmp_path, monkeypatch):
@@ -456,9 +483,7 @@ def test_what_comes_after_the_end_reaches_discriminator_and_agent(tmp_path, monk
         seen.append(self)
 
     def paid(discriminator, batch, beyond, elsewhere):
-        there, others = seen[0].logits()
-        assert beyond.item() == pytest.approx(math.log1p(math.exp(there)) if absorbing else 0.0, abs=1e-6)
-        assert elsewhere == (others if absorbing else 0.0)
+        assert (beyond, elsewhere) == (seen[0].logits() if absorbing else (None, 0.0))
         return reward(discriminator, batch, beyond, elsewhere)
 
     monkeypatch.setattr(adv.Absorption, "__init__", remembered)
@@ -629,11 +654,9 @@ def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_pa
         ({"data": "{tmp}/plain.pt", "minari_id": "x/y-v0"}, "--data and --minari-id are two sources"),
         ({"data": "{tmp}/tall.pt"}, "episodes and rewards are not one number for each of 30"),
         ({"data": "{tmp}/real.pt"}, "episodes must be numbered by integers"),
-        ({"algo": "airl", "target_entropy": -3.0}, "this one is fixed"),
-        ({"algo": "airl", "alpha": 0.0}, "AIRL's discriminator divides by it"),
+        ({"algo": "airl", "alpha": 0.1, "target_entropy": -3.0}, "this one is fixed"),
         ({"log_dir": f"{__file__}/runs"}, "--log-dir"),
         ({"eval_only": True}, "--eval-only needs --resume"),
-        ({"algo": "airl", "alpha": 1e-9}, "AIRL's discriminator divides by it"),
         ({"discriminator_learning_rate": 0.0}, "--discriminator-learning-rate"),
         ({"target_entropy": math.inf}, "--target-entropy"),
         ({"save_policy": "/no/such/folder/policy.pt"}, "--save-policy"),

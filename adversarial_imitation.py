@@ -34,9 +34,9 @@ In AIRL the policy's own density is part of the discriminator, so that at the op
 not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. Here
 the penalty keeps f from being much steeper than 1, so it cannot fall by much beside the expert's action, and with α = 1
 the entropy would outweigh it: noise would pay. It is SAC's own temperature, times the spread by which the rewards are
-divided, so that SAC makes the mean logit as large as it can. (With f / α - log π, which says the same at the optimum,
-D is sure of every step by an f that is steep, and learns little more.) In D log π, of actions scaled to [-1, 1], is
-kept within ±max(5, dimensions): the expert's actions may have hardly any density under another policy.
+divided, so that SAC makes the mean logit as large as it can. (With f / α - log π and α = 0.1, which has the same
+optimum, D was sure of nearly every step on HalfCheetah-v5: f is not steep, but f / α is.) In D log π, of actions scaled
+to [-1, 1], is kept within ±max(5, dimensions): the expert's actions may have hardly any density under another policy.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) teach it to
 stay alive, whatever the expert does, and rewards that may be negative teach it to end quickly. So an episode that has
@@ -49,8 +49,8 @@ as many steps of the one as of the other, and no `end`. With p the share of the 
 set that right (AIRL: f(end) = logit(end), and the other one is added to f). Both logarithms are kept within ±5. A share
 of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must not pay.
 AIRL's rewards, that of `end`, too, are shifted by their running mean: where all goes on for ever, that changes no
-policy, and the critics need not follow a D that changes its mind about everything at once. With --no-absorbing nothing
-comes after the end, and nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert
+policy, and the values that the critics learn stay nearer to 0. With --no-absorbing nothing comes after the end, and
+nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert
 (whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth, and no merit
 of imitation.
 
@@ -97,7 +97,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/policy_logit         of the policy's
     losses/reward_spread        running std of equation 5 or 6, by which rewards are divided (at least by 0.1)
     losses/reward_mean          running mean of equation 6, which is taken off; 0 for equation 5 and with --no-absorbing
-    losses/absorbing_reward     r(end) of equation 9, as it is; softplus(-4.6) or -4.6 where no episode ever ends
+    losses/absorbing_reward     r(end) of equation 9 before both; softplus(-4.6) or -4.6 where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature

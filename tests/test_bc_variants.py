@@ -501,9 +501,8 @@ def test_a_finished_run_is_not_resumed_as_another_one(tmp_path, capsys):
         assert exit.value.code == 2 and words in capsys.readouterr().err
     assert (run_dir / "args.json").read_text() == before
     more = bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "2", "--eval-episodes", "3"])
-    assert (
-        bc.main(more)["eval/episodic_return"] and json.loads((run_dir / "args.json").read_text())["dagger_rounds"] == 2
-    )
+    assert bc.main(more)["eval/episodic_return"]
+    assert json.loads((run_dir / "args.json").read_text())["dagger_rounds"] == 2
 
 
 def test_a_fresh_process_evaluates_to_the_same_return(tmp_path):

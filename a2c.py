@@ -938,6 +938,9 @@ def main(args: Args) -> dict[str, float]:
     checkpointer = Checkpointer(run_dir, progress, parts)
     if checkpoint:
         checkpointer.restore(checkpoint)
+        as_before = args.eval_only or args.eval_episodes == load_args(str(run_dir)).eval_episodes
+        idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"
+        require(as_before or progress["step"] < args.total_timesteps, idle)
     if args.eval_only:
         video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
         again, returns = evaluate(args, agent.policy, args.eval_episodes, device, video)

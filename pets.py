@@ -1375,6 +1375,10 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
     early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
     require(fitted or not args.eval_only, early)
+    over = progress["evaluated"] and done == args.num_iterations
+    as_before = args.eval_only or args.eval_episodes == load_args(str(run_dir)).eval_episodes
+    idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"
+    require(as_before or not over, idle)
 
 
 def prepare_torch(args: Args) -> torch.device:

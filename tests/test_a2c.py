@@ -248,7 +248,7 @@ def test_a_pendulum_is_balanced(tmp_path):
     assert result["eval/episodic_return"] > 900
 
 
-def test_a_run_leaves_its_metrics_and_its_policy_says_the_same(tmp_path):
+def test_a_run_leaves_its_metrics_and_its_policy_says_the_same(tmp_path, capsys):
     policy = tmp_path / "policy.pt"
     result, run_dir = run(
         tiny(tmp_path, total_timesteps=20_096, batch_size=64, save_policy=str(policy), eval_every=20_000)
@@ -260,6 +260,9 @@ def test_a_run_leaves_its_metrics_and_its_policy_says_the_same(tmp_path):
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     again = a2c.main(a2c.parse_args(["--resume", str(run_dir), "--eval-only"]))
     assert again == {name: value for name, value in result.items() if name != "minutes"}
+    with pytest.raises(SystemExit) as exit:  # it would evaluate nothing, and its args.json would say otherwise
+        a2c.main(a2c.parse_args(["--resume", str(run_dir), "--eval-episodes", "3"]))
+    assert exit.value.code == 2 and "has finished; evaluate it with --eval-only" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
     # From its file alone, in the environment as Gymnasium makes it.
     loaded, returns = a2c.load_policy(str(policy)), []

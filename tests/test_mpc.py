@@ -703,11 +703,18 @@ def test_defaults_suit_the_task_and_flags_come_first():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_cannot_be_resumed_to_be_shorter(script, tmp_path, capsys):
+def test_a_finished_run_is_not_resumed_to_be_shorter_or_evaluated_at_greater_length(script, tmp_path, capsys):
     _, run_dir = run(script, tiny(script, tmp_path))
     with pytest.raises(SystemExit) as exit:
         script.main(script.parse_args(["--resume", str(run_dir), "--num-iterations", "1"]))
     assert exit.value.code == 2 and f"--num-iterations 1: {run_dir} has had 2" in capsys.readouterr().err
+    settings = (run_dir / "args.json").read_bytes()
+    with pytest.raises(SystemExit) as exit:  # it would evaluate nothing, and its args.json would say otherwise
+        script.main(script.parse_args(["--resume", str(run_dir), "--eval-episodes", "3"]))
+    assert exit.value.code == 2 and "has finished; evaluate it with --eval-only" in capsys.readouterr().err
+    assert (run_dir / "args.json").read_bytes() == settings
+    more = ["--resume", str(run_dir), "--eval-episodes", "3", "--num-iterations", "3"]
+    assert script.main(script.parse_args(more))["eval/episodic_return"]
 
 
 def test_what_was_not_learned_is_not_planned_with(tmp_path, capsys):

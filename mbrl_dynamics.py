@@ -25,7 +25,7 @@ or, with `--probabilistic`, as a Gaussian whose mean μ and log-variance λ are 
 
     loss_e = mean of (μ_e(x) - y)² exp(-λ_e(x)) + λ_e(x),           λ softly clamped to [λ_min, λ_max]         (3)
 
-plus 0.01 Σ (λ_max - λ_min), which keeps the learned bounds tight. Where the environment has no formulas for reward and
+plus 0.01 / E Σ (λ_max - λ_min), which keeps the learned bounds tight. Where the environment has no formulas for reward and
 termination they are learned too: the reward as one more dimension of y, the termination as a logit (cross-entropy).
 
 An ensemble of E such networks starts from different weights and sees different batches. Where data is plentiful the
@@ -603,7 +603,8 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
-        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))  # keeps the learned bounds tight
+        # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
+        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return nll.mean(dim=(1, 2)) + bounds
 
 

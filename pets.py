@@ -28,7 +28,7 @@ of which is a draw from both:
 Member e is trained on the likelihood of the normalised changes y = s' - s, with its log-variance λ_e = log σ_e² softly
 clamped between bounds that are learned, too:
 
-    loss_e = mean of (μ_e - y)² exp(-λ_e) + λ_e, + 0.01 Σ (λ_max - λ_min)                                           (3)
+    loss_e = mean of (μ_e - y)² exp(-λ_e) + λ_e, + 0.01 / E Σ (λ_max - λ_min)                                       (3)
 
 The particles are dealt out to the members in equal parts, so that each costs one member's evaluation, not all of them.
 The plan is found by CEM, with a mean μ and a standard deviation σ for every action of the horizon (H, A):
@@ -95,7 +95,8 @@ code does so for the pitch of HalfCheetah); the particles of a member are as man
 of ts1, too (so they are in the authors' code; the paper draws the members); all candidates of all environments share
 their particles' draws, so that a few are enough to rank them by; networks begin as PyTorch's own layers do; the first
 data are 5,000 steps, not one episode; every member trains on all rows, and not on a bootstrap of them; targets are
-normalised, and each member has bounds of its own for the variance; no iteration of CEM is left out when σ is small.
+normalised, and each member has bounds of its own for the variance (one pair
+for all and one penalty: the same balance); no iteration of CEM is left out when σ is small.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 5: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -798,7 +799,8 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
-        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))  # keeps the learned bounds tight
+        # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
+        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return nll.mean(dim=(1, 2)) + bounds
 
 

@@ -137,7 +137,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -155,7 +155,7 @@ class Args:
     num_envs: int = 8
     """environments stepped in parallel"""
     batch_size: int = 1_024
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     normalize_obs: bool = True
     """standardise the observations by their mean and spread so far"""
     scale_rewards: bool = True

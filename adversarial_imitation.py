@@ -186,7 +186,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -204,7 +204,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
+    """file of transitions (of --save-data) to use instead of collecting any"""
     num_episodes: int = 10
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
 
@@ -246,7 +246,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256

@@ -180,7 +180,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -214,7 +214,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -521,13 +521,15 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
     z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
+    state_range = getattr(task, "_healthy_state_range", (-np.inf, np.inf))  # Hopper only: of all that follows z
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
     bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
-        z, angle = next_obs[..., skip], next_obs[..., skip + 1]
-        return (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        z, angle, rest = next_obs[..., skip], next_obs[..., skip + 1], next_obs[..., skip + 1 :]
+        fallen = (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        return fallen | ((rest <= state_range[0]) | (rest >= state_range[1])).any(-1)
 
     def terminated(next_obs: Tensor) -> Tensor:
         return unhealthy(next_obs) if can_fall else torch.zeros_like(next_obs[..., 0], dtype=torch.bool)

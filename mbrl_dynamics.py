@@ -25,8 +25,8 @@ or, with `--probabilistic`, as a Gaussian whose mean μ and log-variance λ are 
 
     loss_e = mean of (μ_e(x) - y)² exp(-λ_e(x)) + λ_e(x),           λ softly clamped to [λ_min, λ_max]         (3)
 
-plus 0.01 / E Σ (λ_max - λ_min), which keeps the learned bounds tight. Where the environment has no formulas for reward and
-termination they are learned too: the reward as one more dimension of y, the termination as a logit (cross-entropy).
+plus 0.01 / E Σ (λ_max - λ_min), which keeps the learned bounds tight. Where the environment has no formulas for reward
+and termination they are learned too: the reward as one more dimension of y, the termination as a logit (cross-entropy).
 
 An ensemble of E such networks starts from different weights and sees different batches. Where data is plentiful the
 members agree; where it is not they disagree, and their spread tells a planner what the model does not know.
@@ -147,7 +147,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     env_id: str = "HalfCheetah-v5"
@@ -159,7 +159,7 @@ class Args:
     initial_steps: int = 20_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
+    """file of transitions (of --save-data) to use instead of collecting any"""
     save_data: str | None = None
     """file to write the collected transitions to"""
     holdout_ratio: float = 0.1
@@ -187,7 +187,7 @@ class Args:
     eval_every: int = 100
     """steps between evaluations"""
     batch_size: int = 512
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0

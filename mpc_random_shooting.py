@@ -128,7 +128,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -156,7 +156,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before the last"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
+    """file of transitions (of --save-data) to use instead of collecting any"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 
@@ -178,7 +178,7 @@ class Args:
     train_steps: int = 1_000
     """gradient steps per fit"""
     batch_size: int = 512
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
@@ -192,7 +192,7 @@ class Args:
     horizon: int = 15
     """steps planned ahead"""
     num_candidates: int = 1_000
-    """action sequences tried at each step (CEM: in each iteration; a decay makes them fewer)"""
+    """action sequences tried at each step (by CEM: in its first iteration)"""
     gamma: float = 1.0
     """discount factor"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -424,13 +424,15 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
     z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
+    state_range = getattr(task, "_healthy_state_range", (-np.inf, np.inf))  # Hopper only: of all that follows z
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
     bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
-        z, angle = next_obs[..., skip], next_obs[..., skip + 1]
-        return (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        z, angle, rest = next_obs[..., skip], next_obs[..., skip + 1], next_obs[..., skip + 1 :]
+        fallen = (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        return fallen | ((rest <= state_range[0]) | (rest >= state_range[1])).any(-1)
 
     def terminated(next_obs: Tensor) -> Tensor:
         return unhealthy(next_obs) if can_fall else torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
@@ -867,7 +869,7 @@ def refresh(fast: DynamicsModel, model: DynamicsModel) -> None:
     """The model's weights, in the precision of the planner's copy.
 
     tanh(z) = 2σ(2z) - 1, and σ costs a CPU a third of tanh, which is a third of a plan: the copy of a tanh network has
-    its weights scaled and shifted so that σ takes tanh's place. It computes the same function.
+    its weights scaled and shifted so that σ takes tanh's place: the same function, up to rounding.
     """
     fast.load_state_dict(model.state_dict())
     if model.mlp.activation is torch.tanh:

@@ -18,38 +18,39 @@ model is wrong and hopeful. PETS keeps two kinds of doubt apart: each member pre
 the world, and the members disagree about what they have not seen. A candidate plan is tried on several particles, each
 of which is a draw from both:
 
-    p_e(s' | s, a) = N(s + μ_e(s, a), σ_e²(s, a)),   e = 1 .. E                                                     (1)
+    s' = s + Unnormalise(y),   y ~ N(μ_e(s, a), σ_e²(s, a))   is written   s' ~ p_e(. | s, a),   e = 1 .. E         (1)
     G_k = mean over particles p of Σ_t γ^t r(s_t^p, a_k,t, s_t+1^p),   s_t+1^p ~ p_e(p,t)(. | s_t^p, a_k,t)         (2)
 
     --propagation ts1           e(p, t) is drawn anew at each step: a particle may change its mind
     --propagation tsinf         e(p, t) = e(p): a particle keeps its member, and its opinion, for the whole horizon
     --propagation expectation   one particle that follows the mean over the members: no doubt at all
 
-Member e is trained on the likelihood of the normalised changes y = s' - s, with its log-variance λ_e = log σ_e² softly
+Member e is trained on the likelihood of the changes y = Normalise(s' - s), with its log-variance λ_e = log σ_e² softly
 clamped between bounds that are learned, too:
 
     loss_e = mean of (μ_e - y)² exp(-λ_e) + λ_e, + 0.01 / E Σ (λ_max - λ_min)                                       (3)
 
 The particles are dealt out to the members in equal parts, so that each costs one member's evaluation, not all of them.
-The plan is found by CEM, with a mean μ and a standard deviation σ for every action of the horizon (H, A):
+The plan is found by CEM, with a centre m and a spread d for every action of the horizon (H, A):
 
-    a_k = μ + min(σ, distance to the bounds / 2) ε_k,   ε_k ~ N(0, I) cut off at ±2,   k = 1 .. K                   (4)
-    elites = the J sequences with the largest G_k
-    μ <- α mean(elites) + (1 - α) μ,    σ² <- α var(elites) + (1 - α) σ²                                            (5)
+    a_k = m + min(d, distance to the bounds / 2) ε_k,   ε_k ~ N(0, I) cut off at ±2,   k = 1 .. num_candidates      (4)
+    elites = the num_elites sequences with the largest G_k
+    m <- α mean(elites) + (1 - α) m,    d² <- α var(elites) + (1 - α) d²,    α = cem_alpha                          (5)
 
-M times over; then the first action of μ is executed, and all is planned anew one step later, from μ shifted by one. Its
-new last action is the middle of the bounds: at a bound equation 4 leaves no spread, and a copy would never come back.
+cem_iterations times over; then the first action of m is executed, and all is planned anew one step later, from m
+shifted by one. Its new last action is the middle of the bounds, since at a bound equation 4 leaves no spread: a copy
+would stay there for ever, and a plan that lies at one comes away only slowly.
 
 Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
-        fit the ensemble on the whole buffer by equation 3 (train_steps gradient steps)
+        fit the ensemble on the whole buffer by equation 3 (train_steps gradient steps from the last weights)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:
-            μ <- last step's, shifted by one;  σ <- start_std
+            m <- last step's, shifted by one;  d <- start_std
             for i = 1 .. cem_iterations:  equations 4, 2, 5, for all environments, particles and candidates at once
-            s <- environment step with the first action of μ; buffer <- buffer + transition
+            s <- environment step with the first action of m; buffer <- buffer + transition
             with probability 1 / reset_every begin a new episode             (also while the first data are collected)
 
 Usage:
@@ -66,7 +67,7 @@ The planner of the authors' code for HalfCheetah, nineteen times the work at eac
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else
-learned by the ensemble, too. A particle earns nothing after a step that is predicted to end the episode.
+learned by the ensemble, too. What a particle earns counts by the probability that its episode has not ended before.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
 
@@ -79,8 +80,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived or that fell
                                 in it: a bit too much, as elites are those that did well under just these draws
     eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
-    eval/elite_std              std of the final elites in half-ranges, over all plans; near 0: the search has converged
-                                or is stuck at the bounds, where equation 4 leaves little spread
+    eval/elite_std              std of the final elites in half-ranges, over all plans; 0.2 where there is nothing to
+                                choose by, near 0: the search has converged or is stuck at the bounds
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
     model/disagreement          std over the members of the means that they predict there
@@ -95,8 +96,9 @@ code does so for the pitch of HalfCheetah); the particles of a member are as man
 of ts1, too (so they are in the authors' code; the paper draws the members); all candidates of all environments share
 their particles' draws, so that a few are enough to rank them by; networks begin as PyTorch's own layers do; the first
 data are 5,000 steps, not one episode; every member trains on all rows, and not on a bootstrap of them; targets are
-normalised, and each member has bounds of its own for the variance (one pair
-for all and one penalty: the same balance); no iteration of CEM is left out when σ is small.
+normalised; each member has bounds of its own for the variance (theirs share one pair, under one penalty: that is why
+equation 3 divides by E); no iteration of CEM is left out when d is small; reward and end may be learned (theirs are
+known), and then a learned end counts by its probability.
 
 Papers: Chua et al. 2018, PETS, arXiv 1805.12114 (equations 1 to 5: its sections 4 and 5, appendix A.1 for the bounds of
 the variance); the authors write their momentum as the weight of the old mean, here α is that of the new one.
@@ -166,7 +168,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: environment steps, or gradient steps where a model or a clone is trained"""
+    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -194,7 +196,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before the last"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting them, or of having an expert play"""
+    """file of transitions (of --save-data) to use instead of collecting any"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 
@@ -216,7 +218,7 @@ class Args:
     train_steps: int = 3_000
     """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (of each member, where an ensemble has no batch size of its own)"""
+    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 5e-5
@@ -230,7 +232,7 @@ class Args:
     horizon: int = 20
     """steps planned ahead"""
     num_candidates: int = 200
-    """action sequences tried at each step (CEM: in each iteration; a decay makes them fewer)"""
+    """action sequences tried at each step (by CEM: in its first iteration)"""
     cem_iterations: int = 4
     """iterations of CEM at each step"""
     num_elites: int = 20
@@ -481,13 +483,15 @@ def locomotion_formulas(task: Any, skip: int) -> tuple[RewardFn, TerminatedFn]:
     """HalfCheetah, Swimmer, Hopper, Walker2d, Ant: forward speed, minus control, plus a bonus for staying upright."""
     z_range = getattr(task, "_healthy_z_range", (-np.inf, np.inf))
     angle_range = getattr(task, "_healthy_angle_range", (-np.inf, np.inf))
+    state_range = getattr(task, "_healthy_state_range", (-np.inf, np.inf))  # Hopper only: of all that follows z
     contact_weight = getattr(task, "_contact_cost_weight", 0.0)  # Ant only; contact forces are its last observations
     can_fall = getattr(task, "_terminate_when_unhealthy", False)
     bonus = getattr(task, "_healthy_reward", 0.0)
 
     def unhealthy(next_obs: Tensor) -> Tensor:
-        z, angle = next_obs[..., skip], next_obs[..., skip + 1]
-        return (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        z, angle, rest = next_obs[..., skip], next_obs[..., skip + 1], next_obs[..., skip + 1 :]
+        fallen = (z <= z_range[0]) | (z >= z_range[1]) | (angle <= angle_range[0]) | (angle >= angle_range[1])
+        return fallen | ((rest <= state_range[0]) | (rest >= state_range[1])).any(-1)
 
     def terminated(next_obs: Tensor) -> Tensor:
         return unhealthy(next_obs) if can_fall else torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
@@ -897,9 +901,9 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            reward = torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
+            reward = torch.where(alive > 0, alive * reward, 0)  # what blows up after the end is no matter
             returns = returns + args.gamma**t * reward.view(P, N).mean(dim=0)
-            alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
+            alive = alive * (1 - over.float())  # a known end is a bool, a learned one a probability
             state = next_state
         found.append(returns)
     return torch.cat(found).view(B, K)
@@ -999,7 +1003,7 @@ def refresh(fast: DynamicsModel, model: DynamicsModel) -> None:
     """The model's weights, in the precision of the planner's copy.
 
     tanh(z) = 2σ(2z) - 1, and σ costs a CPU a third of tanh, which is a third of a plan: the copy of a tanh network has
-    its weights scaled and shifted so that σ takes tanh's place. It computes the same function.
+    its weights scaled and shifted so that σ takes tanh's place: the same function, up to rounding.
     """
     fast.load_state_dict(model.state_dict())
     if model.mlp.activation is torch.tanh:

@@ -1,5 +1,13 @@
-"""For every test: Ctrl-C means Ctrl-C. A shell's `pytest &` is started with SIGINT ignored, which a child inherits."""
+"""For every test."""
 
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import pytest
+import torch
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts `pytest &` deaf to Ctrl-C
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared

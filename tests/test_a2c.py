@@ -20,11 +20,6 @@ TINY |= dict(eval_episodes=2, interim_episodes=1, num_layers=1, hidden_size=8, n
 LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
-
-
 def tiny(tmp_path: Path, **changes: object) -> a2c.Args:
     return a2c.Args(**({"log_dir": str(tmp_path / "runs")} | TINY | changes))
 

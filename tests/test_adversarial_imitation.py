@@ -24,11 +24,6 @@ LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
-
-
 def make_expert(path: Path, env_id: str = "Pendulum-v1") -> adv.Actor:
     torch.manual_seed(0)
     env = gym.make(env_id)

@@ -23,11 +23,6 @@ LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 NAMES = ["mse", "gaussian", "gmm", "diffusion", "autoregressive"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
-
-
 def small(variant: str, **changes) -> bc.Policy:
     torch.manual_seed(0)
     args = bc.Args(**({"variant": variant, "hidden_size": 16, "activation": "tanh"} | changes))

@@ -23,11 +23,6 @@ TINY |= dict(ensemble_size=3, elite_members=2, num_layers=1, hidden_size=8, roll
 TINY |= dict(model_batch_size=8, num_threads=1, cuda=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
-
-
 LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
 
 

@@ -314,6 +314,22 @@ def test_log_variance_stays_within_its_soft_bounds():
     assert logvar.max() - logvar.min() > 10
 
 
+def test_the_variance_that_is_learned_is_the_noise_and_differs_where_the_noise_does():
+    """18 dimensions as HalfCheetah's: if the bounds weighed more they would close, and one variance be left for all."""
+    torch.manual_seed(0)
+    shape = SHAPE | dict(obs_dim=18, ensemble_size=5, num_layers=1, hidden_size=16, activation="silu")
+    model = md.GaussianEnsemble(**shape, learn_reward=False, skip=0)
+    x = torch.randn(5_000, 20)
+    y = torch.where(x[:, :1] > 0, 1.0, 0.1) * torch.randn(5_000, 18)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=True)
+    for _ in range(1_500):
+        md.train_step(model, optimizer, x, y, 128, 0.0, torch.float32)
+    assert (model.min_logvar < model.max_logvar).all()
+    logvar = model.logvar(model.mlp(x.expand(5, -1, -1)))
+    for side, truth in ((x[:, 0] > 0.5, 1.0), (x[:, 0] < -0.5, 0.1)):
+        assert (0.5 * logvar[:, side]).exp().mean().item() == pytest.approx(truth, rel=0.1)
+
+
 @pytest.mark.parametrize("bound", ["max_logvar", "min_logvar"])
 def test_the_log_variance_bounds_are_learned(bound):
     """Their gradient, regulariser included, against a difference quotient."""

@@ -102,6 +102,9 @@ def test_weights_are_read_from_the_environment():
     obs, action = torch.zeros(12, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     obs[1] = 1.2
     assert rs.known_formulas(env)[0](obs, action, obs).item() == pytest.approx(7.0 - 3.0)
+    assert not rs.known_formulas(env)[1](obs)
+    obs[-1] = 150.0  # the environment, too, ends where any part of its state is beyond 100
+    assert rs.known_formulas(env)[1](obs) and rs.known_formulas(env)[0](obs, action, obs).item() == -3.0
 
 
 def test_a_hopper_that_may_lie_down_is_still_paid_for_standing():

@@ -13,11 +13,6 @@ import pets
 LOW, HIGH = torch.tensor([-1.0, 0.5]), torch.tensor([0.0, 2.0])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # small products are slower on two, and far slower where the cores are shared
-
-
 def model(members: int = 3, learn_reward: bool = False, spread: float | None = None) -> pets.GaussianEnsemble:
     """A random one; with `spread` its log-variance is that number's."""
     torch.manual_seed(0)
@@ -64,6 +59,8 @@ def test_without_noise_and_with_one_member_it_is_the_deterministic_plan(monkeypa
 def test_tsinf_keeps_the_member_of_a_particle(learned):
     """Without noise each member is a deterministic model: the mean over the particles is that over the members."""
     made, (obs, plans) = model(3, learned, spread=0.0), candidates()
+    if learned:  # sure of where an episode ends
+        made.mlp.weights[-1][..., -1] *= 1e6
     formulas = None if learned else FORMULAS
     expected = mpc_cem.imagined_returns(made, formulas, 1.0, obs, plans)  # every member on its own, and then the mean
     found = pets.imagined_returns(made, formulas, pets.Args(propagation="tsinf", num_particles=6), obs, plans)
@@ -120,6 +117,15 @@ def test_an_ended_particle_takes_its_end_with_it_to_the_next_member():
         pets.sample_step = original
     expected = sum((2 / 3) ** t for t in range(H))  # a third of the living ends at each step, and is paid for it
     assert np.mean(found) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_learned_end_counts_by_its_probability(monkeypatch):
+    """Each step pays 1 and ends the episode in three of ten cases: 1 + 0.7 + 0.49 + ..., and not all or nothing."""
+    ones = torch.ones(3, 1)
+    monkeypatch.setattr(pets, "sample_step", lambda model, state, action, noise: (state, ones, 0.3 * ones))
+    args = pets.Args(propagation="ts1", num_particles=3)
+    found = pets.imagined_returns(model(3), None, args, torch.zeros(1, 4), torch.zeros(1, 1, 4, 2))
+    assert found.item() == pytest.approx(sum(0.7**t for t in range(4)))
 
 
 @pytest.mark.parametrize("propagation", ["ts1", "tsinf"])

@@ -352,7 +352,7 @@ def rejection_problem(module: types.ModuleType, name: str, bad: object, folder: 
     errors = io.StringIO()
     outcome: object = "it returned"
     with (
-        time_limit(10),
+        time_limit(60),
         no_environment_runs(),
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),

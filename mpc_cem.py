@@ -753,15 +753,16 @@ class Normaliser(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
-    def fit(self, x: Tensor) -> None:
+    def fit(self, x: Tensor, constant: float = 1.0) -> None:
+        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
-        constant = ~(std > 1e-6 * (1 + mean.abs()))
+        varies = std > 1e-6 * (1 + mean.abs())
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+        self.std.copy_(torch.where(varies, std, constant))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        return (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * self.std + self.mean
@@ -829,7 +830,7 @@ class DynamicsModel(nn.Module):
             y = torch.cat([y, buffer.reward[rows, None]], dim=1)
         if fit:
             self.input_normaliser.fit(x)
-            self.target_normaliser.fit(y)
+            self.target_normaliser.fit(y, constant=0.0)  # what has never moved is predicted to stay: a goal, say
         x, y = self.input_normaliser(x), self.target_normaliser(y)
         return x, torch.cat([y, buffer.terminated[rows, None]], dim=1) if self.learn_reward else y
 

@@ -447,7 +447,7 @@ class VectorEnv:
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
         self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
         self.action_space = copy.deepcopy(self.envs[0].action_space)  # a class may share one over all its instances
-        self.action_space.seed(seed)
+        self.action_space.seed(seed + 2_000_000)  # an environment's own seed would draw its own numbers once more
         self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
         self.episode = np.arange(num_envs)  # which episode each is in; environment i counts i, i + num_envs, ..
         self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended

@@ -128,7 +128,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/predicted_return       what the last elites (with --execute best: the best of them) promised (equation 2), mean
                                 over the steps whose horizon was lived
     eval/realised_return        what the environment paid over the same horizons, and the value of where that led; below
-                                the promise: the model or V is fooled
+                                the promise: the model is fooled, or leads V to where nothing leads (V's own errors,
+                                which are in both, do not show)
     eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/value_loss            the same of (1 - γ) V (in units of the reward's variance; with --terminal-value)
@@ -508,7 +509,7 @@ class VectorEnv:
     def __init__(self, env_id: str, num_envs: int, seed: int, **kwargs: Any):
         self.envs = [Replayable(make_env(env_id, **kwargs)) for _ in range(num_envs)]
         self.action_space = copy.deepcopy(self.envs[0].action_space)  # a class may share one over all its instances
-        self.action_space.seed(seed)
+        self.action_space.seed(seed + 2_000_000)  # an environment's own seed would draw its own numbers once more
         self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(np.float32)
         self.episode = np.arange(num_envs)  # which episode each is in; environment i counts i, i + num_envs, ..
         self.finished: list[tuple[float, int]] = []  # return and length of the episodes that the last step ended
@@ -894,7 +895,7 @@ class Value(nn.Module):
 
     @torch.no_grad()
     def fit_rewards(self, reward: Tensor) -> None:
-        """New units for the same rewards: the last layers are rescaled with them, so that V stays what it was."""
+        """New units for the same rewards: the last layers are rescaled, so that these leave V what it was."""
         mean, std = self.reward_normaliser.mean.clone(), self.reward_normaliser.std.clone()
         self.reward_normaliser.fit(reward)
         if torch.equal(self.lowest, self.highest):  # V has seen nothing yet: it begins near 0 as the rewards measure it

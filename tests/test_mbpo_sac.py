@@ -414,17 +414,27 @@ def test_samples_have_the_predicted_mean_and_spread():
     model.target_normaliser.mean.fill_(0.5)
     obs, action = torch.randn(1, 4).repeat(40_000, 1), torch.randn(1, 2).repeat(40_000, 1)
     next_obs, reward, over = sac.model_step(model, None, obs, action, False)
-    means, rewards, _ = model.predict(obs[None, :1].expand(2, -1, -1), action[None, :1].expand(2, -1, -1))
+    means, rewards, ends = model.predict(obs[None, :1].expand(2, -1, -1), action[None, :1].expand(2, -1, -1))
     output = model.mlp(model.input_normaliser(torch.cat([obs, action], 1)[:1]).expand(2, -1, -1))
     stds = (0.5 * model.logvar(output)).exp() * model.target_normaliser.std
     mean, spread = means.mean(dim=(0, 1)), (stds[:, 0, :4].square().mean(0) + means[:, 0].var(0, correction=0)).sqrt()
     torch.testing.assert_close(next_obs.mean(dim=0), mean, rtol=0.02, atol=0.1)
     torch.testing.assert_close(next_obs.std(dim=0), spread, rtol=0.05, atol=0.02)
     assert reward.mean().item() == pytest.approx(rewards.mean().item(), abs=0.15)
-    assert over.float().mean().item() in (0.0, 0.5, 1.0) and over.dtype == torch.bool
+    assert over.float().mean().item() == pytest.approx(ends.mean().item(), abs=0.01) and over.dtype == torch.bool
+    assert 0.1 < ends.mean() < 0.9, "or rounding would do as well"
     averaged, paid, _ = sac.model_step(model, None, obs[:3], action[:3], True)
     torch.testing.assert_close(averaged, mean.expand(3, -1))
     assert paid.tolist() == pytest.approx([rewards.mean().item()] * 3)
+
+
+@pytest.mark.parametrize("utd_ratio", [0.5, 1.0, 3.0])
+def test_with_one_buffer_there_are_as_many_rollouts_as_asked_for(tmp_path, monkeypatch, utd_ratio):
+    begun, imagine = [], sac.imagine
+    monkeypatch.setattr(sac, "imagine", lambda *rest: begun.append(len(rest[3])) or imagine(*rest))
+    settings = dict(rollout_length=1, real_ratio=None, rollouts_per_step=6.0, utd_ratio=utd_ratio)
+    run(tiny(tmp_path, total_timesteps=100, initial_steps=40, **settings))
+    assert sum(begun) == pytest.approx(6 * 60, rel=0.05)
 
 
 def test_rollouts_branch_from_real_states_and_stop_at_termination():

@@ -133,6 +133,12 @@ matrix = gym.spaces.Box(-1, 1, (1, 1))
 gym.register("CounterMatrixAction-v0", lambda: gym.wrappers.TransformAction(Counter(), np.ravel, matrix))
 
 
+def test_random_actions_are_not_the_numbers_that_the_environment_draws():
+    envs = md.VectorEnv("HalfCheetah-v5", 1, seed=3)
+    started = envs.obs[0, :6]  # a tenth of what its generator drew
+    assert abs(np.corrcoef(started, envs.random_action()[0])[0, 1]) < 0.9
+
+
 def test_observations_are_flattened_and_actions_must_be_flat(capfd):
     assert np.array_equal(md.VectorEnv("CounterColumn-v0", 2, 0).obs, md.VectorEnv("Counter-v0", 2, 0).obs)
     assert "actions must be vectors" in one_line_error(capfd, lambda: md.make_env("CounterMatrixAction-v0"))

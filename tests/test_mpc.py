@@ -781,7 +781,8 @@ def test_bounded_samples_are_of_a_gaussian_that_is_cut_off():
 
 
 def test_a_run_is_evaluated_with_the_simulator_in_place_of_its_model(tmp_path):
-    changes = dict(env_id="HalfCheetah-v5", initial_steps=20, num_iterations=1, train_steps=1, terminal_value=False)
+    changes = dict(env_id="HalfCheetah-v5", initial_steps=20, num_iterations=1, train_steps=5, terminal_value=False)
+    changes |= dict(learning_rate=0.1)  # a model that is clearly wrong
     result, run_dir = run(cem, tiny(cem, tmp_path, **changes))
     again = cem.main(cem.parse_args(["--resume", str(run_dir), "--eval-only", "--true-dynamics"]))
     gap = lambda found: abs(found["eval/predicted_return"] - found["eval/realised_return"])  # noqa: E731

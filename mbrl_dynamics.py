@@ -147,7 +147,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
+    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     env_id: str = "HalfCheetah-v5"

@@ -211,7 +211,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment while acting, gradient steps while fitting"""
+    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
     """run folder to continue, with its own settings; what would make it another run may not be given anew"""
     eval_only: bool = False
@@ -312,7 +312,7 @@ class Args:
     num_values: int = 1
     """values learned side by side; a plan earns the least of them"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the planner's matrix products; auto: bfloat16 where it is faster. States and rewards: float32"""
+    """precision of the model's products while planning; auto: bfloat16 where it is faster. All else: float32"""
 
 
 def fail(message: str) -> NoReturn:

@@ -46,15 +46,13 @@ as many steps of the one as of the other, and no `end`. With p the share of the 
     logit(end) = log(p_expert / p_policy);   all other logits:  + log((1 - p_expert) / (1 - p_policy))              (8)
     a step that ends the episode is paid  r + γ / (1 - γ) r(end), as if `end` went on for ever                      (9)
 
-set that right. Both logarithms are kept within ±5. A share of the policy's below 1e-3 counts as that, one of the
-expert's below 1e-5: where neither ever ends, ending must not pay. In AIRL the other logarithm is added to f, and f(end)
-is the mean logit of the policy's steps (f and the entropy that SAC is paid, which is what going on is worth), plus
-logit(end), kept within ±1: f's slope is kept near 1, so that better steps are paid a little more, and beside an end
-that costs five times as much for ever nothing would count but not to fall. AIRL's rewards, that of `end`, too, are
-shifted by their running mean: where all goes on for ever, that changes no policy, and the values that the critics learn
-stay nearer to 0. With --no-absorbing nothing comes after the end, and nothing is shifted. `--algo control` pays 1 for
-each step and learns nothing of the expert (whose return is only the yardstick): where episodes can end, what it earns
-is what staying alive is worth, and no merit of imitation.
+set that right (AIRL: f(end) = logit(end), and the other one is added to f). Both logarithms are kept within ±5. A share
+of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must not pay.
+AIRL's rewards, that of `end`, too, are shifted by their running mean: where all goes on for ever, that changes no
+policy, and the values that the critics learn stay nearer to 0. With --no-absorbing nothing comes after the end, and
+nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert
+(whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth, and no merit
+of imitation.
 
 Pseudocode:
 
@@ -99,7 +97,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/policy_logit         of the policy's
     losses/reward_spread        running std of equation 5 or 6, by which rewards are divided (at least by 0.1)
     losses/reward_mean          running mean of equation 6, which is taken off; 0 for equation 5 and with --no-absorbing
-    losses/absorbing_reward     r(end) of equation 9 before both
+    losses/absorbing_reward     r(end) of equation 9 before both; softplus(-4.6) or -4.6 where no episode ever ends
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
@@ -864,12 +862,10 @@ class Discriminator(nn.Module):
     def reward(self, score: Tensor) -> Tensor:
         return score if self.airl else F.softplus(score)
 
-    def absorbing_reward(self, logit: float | None, entropy_bonus: Tensor) -> Tensor:
-        """r of equation 8's state; to go on pays AIRL's f and the entropy. None: nothing is paid there."""
+    def absorbing_reward(self, logit: float | None) -> Tensor:
+        """Equation 8's state has one action, and so log π = 0 and f is the logit. None: nothing is paid there."""
         if logit is None:
             return torch.zeros_like(self.spread)
-        if self.airl:
-            return self.centre + self.scale() * entropy_bonus + min(max(logit, -1.0), 1.0)
         return self.reward(self.spread.new_tensor(logit))
 
     def find_gradients(
@@ -1027,16 +1023,14 @@ class Absorption:
 
 
 @torch.no_grad()
-def learned_reward(
-    discriminator: Discriminator, batch: Transitions, there: float | None, elsewhere: float, entropy_bonus: Tensor
-) -> Tensor:
+def learned_reward(discriminator: Discriminator, batch: Transitions, there: float | None, elsewhere: float) -> Tensor:
     """Equations 5 or 6 and 9 over their running spread (B,), with what equation 8 says of `end` and of other states."""
     step = discriminator.steps(*batch)
     reward = discriminator.reward(discriminator.score(step) + elsewhere)
     discriminator.spread.lerp_(reward.std(), 0.001)
     if discriminator.airl and there is not None:
         discriminator.centre.lerp_(reward.mean(), 0.001)
-    end = discriminator.absorbing_reward(there, entropy_bonus) - discriminator.centre
+    end = discriminator.absorbing_reward(there) - discriminator.centre
     after = step.terminated[:, 0] * (discriminator.gamma / (1 - discriminator.gamma) * end)
     return (reward - discriminator.centre + after) / discriminator.scale()
 
@@ -1511,17 +1505,15 @@ def main(args: Args) -> dict[str, float]:
 
             for number in range(max(step - args.num_envs, args.initial_steps) + 1, step + 1):
                 there, elsewhere = absorption.logits() if args.absorbing else (None, 0.0)
-                bonus = agent.temperature() * agent.target_entropy  # what equation 1 adds to a step's reward, or nearly
                 if args.algo != "control" and number % args.discriminator_every == 0:
                     found = tell_apart(args, discriminator, judge_optimizer, agent, expert_steps, buffer)
-                    end = discriminator.absorbing_reward(there, bonus)
-                    paid = discriminator.spread, discriminator.centre, end
+                    paid = discriminator.spread, discriminator.centre, discriminator.absorbing_reward(there)
                     judged.add(torch.cat([found, torch.stack(paid)]))
                     watch.lap("time/share_discriminator")
                 batch = obs, action, next_obs, terminated = sample_batch(args, buffer, skip)
                 reward = torch.ones_like(terminated)
                 if args.algo != "control":
-                    reward = learned_reward(discriminator, batch, there, elsewhere, bonus)
+                    reward = learned_reward(discriminator, batch, there, elsewhere)
                 means.add(agent.update(obs, action, next_obs, reward, terminated))
                 watch.lap("time/share_updates")
             bar.update(args.num_envs)

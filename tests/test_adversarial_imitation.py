@@ -219,30 +219,28 @@ def test_a_step_that_ends_an_episode_is_paid_for_what_comes_after(algo):
     raw = judge.reward(judge.score(judge.steps(*rows))).detach()
     judge.spread.fill_(2.0)
     judge.centre.fill_(0.5 if algo == "airl" else 0.0)
-    bonus = torch.tensor(-0.3)
-    found = adv.learned_reward(judge, rows, -1.5, 0.0, bonus)
+    absorbing = judge.absorbing_reward(-1.5)
+    torch.testing.assert_close(absorbing, torch.tensor(-1.5) if algo == "airl" else torch.tensor(-1.5).exp().log1p())
+    found = adv.learned_reward(judge, rows, -1.5, 0.0)
     spread = 0.999 * 2.0 + 0.001 * raw.std()
     centre = 0.999 * 0.5 + 0.001 * raw.mean() if algo == "airl" else torch.zeros(())  # AIRL's rewards are shifted
     torch.testing.assert_close([judge.spread, judge.centre], [spread, centre])
-    absorbing = judge.absorbing_reward(-1.5, bonus)  # AIRL: one less than to go on, which earns reward and entropy
-    gail = torch.tensor(-1.5).exp().log1p()
-    torch.testing.assert_close(absorbing, centre - 0.3 * spread - 1 if algo == "airl" else gail)
     torch.testing.assert_close(found, (raw - centre + rows[3] * 99 * (absorbing - centre)) / spread)
     rows = (*rows[:3], torch.zeros(500))
     raw = judge.score(judge.steps(*rows)).detach()
-    more = adv.learned_reward(judge, rows, -1.5, 2.0, bonus) * judge.spread + judge.centre
+    more = adv.learned_reward(judge, rows, -1.5, 2.0) * judge.spread + judge.centre
     torch.testing.assert_close(more, raw + 2.0 if algo == "airl" else torch.nn.functional.softplus(raw + 2.0))
     judge.spread.fill_(1e-6)
-    assert adv.learned_reward(judge, rows, -1.5, 0.0, bonus).abs().max() < 100
+    assert adv.learned_reward(judge, rows, -1.5, 0.0).abs().max() < 100
 
 
 @pytest.mark.parametrize("algo", ["gail", "airl"])
 def test_without_an_absorbing_state_nothing_comes_after_the_end_and_nothing_is_shifted(algo):
     judge, rows = discriminator(algo), batch(500)
     raw = judge.reward(judge.score(judge.steps(*rows))).detach()
-    found = adv.learned_reward(judge, rows, None, 0.0, torch.ones(()))
+    found = adv.learned_reward(judge, rows, None, 0.0)
     torch.testing.assert_close(found, raw / judge.spread)
-    assert judge.absorbing_reward(None, torch.ones(())) == 0 and judge.centre == 0
+    assert judge.absorbing_reward(None) == 0 and judge.centre == 0
 
 
 def test_shares_of_the_absorbing_state():
@@ -273,8 +271,7 @@ def test_where_neither_ever_ends_ending_is_not_paid_for():
         there, elsewhere = absorption.logits()
         assert there < -4 and elsewhere == 0
         judge = adv.Discriminator(1, LOW, HIGH, adv.Args(algo="gail"))
-        paid = [judge.absorbing_reward(logit, torch.zeros(())) for logit in (there, 0.0)]
-        assert paid[0] < 0.1 * paid[1], "for ever less than a life at 0"
+        assert judge.absorbing_reward(there) < 0.1 * judge.absorbing_reward(0.0), "for ever less than a life at 0"
         absorption.add([900])
         assert absorption.logits()[0] < -4
 
@@ -480,9 +477,9 @@ def test_what_comes_after_the_end_reaches_discriminator_and_agent(tmp_path, monk
         begin(self, *rest)
         seen.append(self)
 
-    def paid(discriminator, batch, beyond, elsewhere, entropy_bonus):
+    def paid(discriminator, batch, beyond, elsewhere):
         assert (beyond, elsewhere) == (seen[0].logits() if absorbing else (None, 0.0))
-        return reward(discriminator, batch, beyond, elsewhere, entropy_bonus)
+        return reward(discriminator, batch, beyond, elsewhere)
 
     monkeypatch.setattr(adv.Absorption, "__init__", remembered)
     monkeypatch.setattr(adv, "learned_reward", paid)

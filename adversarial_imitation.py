@@ -50,9 +50,8 @@ set that right (AIRL: f(end) = logit(end), and the other one is added to f). Bot
 of the policy's below 1e-3 counts as that, one of the expert's below 1e-5: where neither ever ends, ending must not pay.
 AIRL's rewards, that of `end`, too, are shifted by their running mean: where all goes on for ever, that changes no
 policy, and the values that the critics learn stay nearer to 0. With --no-absorbing nothing comes after the end, and
-nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert
-(whose return is only the yardstick): where episodes can end, what it earns is what staying alive is worth, and no merit
-of imitation.
+nothing is shifted. `--algo control` pays 1 for each step and learns nothing of the expert (whose return is only the
+yardstick): where episodes can end, what it earns is what staying alive is worth, and no merit of imitation.
 
 Pseudocode:
 

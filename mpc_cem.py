@@ -115,7 +115,8 @@ command and those of the cheetah with steps of 10 ms are of before elites counte
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
-more outputs of the ensemble. After a step that is predicted to end the episode a candidate earns nothing, and no V.
+more outputs of the ensemble. After a step that ends the episode a candidate earns nothing, and no V; an end that is
+learned counts by its probability.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of transitions in the buffer):
 
@@ -997,11 +998,12 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            returns = returns + gamma**t * torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
-            alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
+            reward = torch.where(alive > 0, alive * reward, 0)  # what blows up after the end is no matter
+            returns = returns + gamma**t * reward
+            alive = alive * (1 - over.float())  # a known end is a bool, a learned one a probability
             state = next_state
         if value:
-            returns = returns + gamma**H * torch.where(alive > 0, value(state), 0)
+            returns = returns + gamma**H * torch.where(alive > 0, alive * value(state), 0)
         found.append(returns)
     every = torch.cat(found, dim=1)  # (B, K) if each has its own, else (E, B * K)
     return every if own else every.mean(dim=0).view(B, K)

@@ -35,7 +35,8 @@ Pseudocode:
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
-more outputs of the ensemble. A candidate earns nothing after a step that is predicted to end the episode.
+more outputs of the ensemble. A candidate earns nothing after a step that ends the episode; an end that is
+learned counts by its probability.
 
 Usage:
 
@@ -792,8 +793,9 @@ def imagined_returns(
             if formulas:
                 reward, over = formulas[0](state, action, next_state), formulas[1](next_state)
             assert reward is not None and over is not None
-            returns = returns + gamma**t * torch.where(alive > 0, reward, 0)  # what blows up after the end is no matter
-            alive = alive * (over <= 0.5)  # a known end is a bool, a learned one a probability
+            reward = torch.where(alive > 0, alive * reward, 0)  # what blows up after the end is no matter
+            returns = returns + gamma**t * reward
+            alive = alive * (1 - over.float())  # a known end is a bool, a learned one a probability
             state = next_state
         found.append(returns.mean(dim=0))
     return torch.cat(found).view(B, K)

@@ -166,7 +166,7 @@ def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(
         for k in range(K):
             returns = []
             for member in [(2, 0, 3)[b]] if own else range(4):
-                state, total = obs[b], 0.0
+                state, total, alive = obs[b], 0.0, 1.0
                 for t in range(H):
                     action = candidates[b, k, t]
                     inputs = (state.expand(4, 1, -1), action.expand(4, 1, -1))
@@ -175,11 +175,9 @@ def test_imagined_returns_equal_a_loop_over_environments_members_and_candidates(
                     )
                     if not learned:
                         reward, over = toy_reward(state, action, next_state), toy_terminated(next_state)
-                    total = total + 0.9**t * reward
-                    state = next_state
-                    if over > 0.5:
-                        ends += 1
-                        break
+                    total = total + alive * 0.9**t * reward
+                    state, alive = next_state, alive * (1 - float(over))
+                ends += 1 - alive
                 returns.append(total)
             torch.testing.assert_close(fast[b, k], sum(returns) / len(returns))
     assert 0 < ends < B * K * 4
@@ -956,6 +954,28 @@ def test_what_blows_up_after_the_end_of_an_episode_is_no_matter(script):
     else:
         found = script.imagined_returns(Model(), formulas, 1.0, torch.zeros(1, 1), plans)
     assert found.tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_learned_end_counts_by_its_probability(script):
+    """Each step pays 1 and ends the episode in three of ten cases: 1 + 0.7 + 0.49 + ..; V is 10 and counts by 0.7^4."""
+
+    class Model(torch.nn.Module):
+        ensemble_size = num_targets = 1
+
+        def predict(self, obs, action):
+            return obs, torch.ones_like(obs[..., 0]), 0.3 * torch.ones_like(obs[..., 0])
+
+    obs, plans, lived = torch.zeros(1, 1), torch.zeros(1, 2, 4, 1), [0.7**t for t in range(4)]
+    if script is pets:
+        found = pets.imagined_returns(Model(), None, pets.Args(propagation="expectation", gamma=0.9), obs, plans)
+    else:
+        found = script.imagined_returns(Model(), None, 0.9, obs, plans)
+    expected = sum(0.9**t * alive for t, alive in enumerate(lived))
+    assert found[0].tolist() == pytest.approx([expected, expected])
+    if script is cem:
+        found = cem.imagined_returns(Model(), None, 0.9, obs, plans, lambda state: 10 + 0 * state[..., 0])
+        assert found[0, 0].item() == pytest.approx(expected + 10 * (0.9 * 0.7) ** 4)
 
 
 @pytest.mark.parametrize("env_id", ["envs:Obstacles-v0", "HalfCheetah-v5"])

@@ -165,8 +165,8 @@ SHORT_STEPS = (
 
 def ablation_run(name: str, label: str, beta: int = 1, flag: str = "") -> Run:
     """Planning for short steps, with one refinement taken away."""
-    command = f"{SHORT_STEPS.format(iterations=11, beta=beta)} {flag}".strip()
-    return Run(name=name, command=command, minutes=18, label=label)
+    command = f"{SHORT_STEPS.format(iterations=6, beta=beta)} {flag}".strip()
+    return Run(name=name, command=command, minutes=12, label=label)
 
 
 def q4_run(
@@ -458,7 +458,7 @@ STUDIES: tuple[Study, ...] = (
     Study(
         name="ablation",
         title="PostureCheetah-v0: the planner without one of its refinements",
-        shows="What each refinement of CEM is worth, at 15,000 steps.",
+        shows="What each refinement of CEM is worth, at 10,000 steps.",
         runs=(
             ablation_run("all", "all of them"),
             ablation_run("no-shift", "the mean begins in the middle", flag="--no-shift-plan"),

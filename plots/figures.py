@@ -8,7 +8,7 @@ For each study of plots/studies.py it reads the TensorBoard event files of the f
 plots/NAME.png (the figure), plots/NAME.csv (one row per run and seed), plots/curves/NAME.csv (what the figure draws),
 plots/NAME-RUN.png (pictures that the runs logged), and the table in README.md between `<!-- table: NAME -->` and
 `<!-- end table: NAME -->`. The table is made from the CSV alone (`table_markdown`), so a number in the README is always
-one that stands in a committed file.
+one that stands in a committed file. From all these CSVs it makes plots/glance.csv, the README's first table.
 
 A run folder need not be kept. A run and seed that has none any more stays in the CSV and in the figure as it was, as
 long as its command is still the catalogue's; where even its curve is not on file, its last value is drawn as a dot.
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from studies import (
+    HEADLINES,
     ROOT,
     STUDIES,
     Column,
@@ -462,6 +463,29 @@ def refresh_readme(name: str) -> None:
     README.write_text(f"{before}{start}\n{table_markdown(PLOTS / f'{name}.csv')}\n{end}{after}", encoding="utf-8")
 
 
+def glance_rows() -> list[dict[str, str]]:
+    """What the README shows first: the headlines that have rows in a study's CSV."""
+    table = []
+    for headline in HEADLINES:
+        seeds = [row for row in read_rows(PLOTS / f"{headline.study}.csv") if row["run"] == headline.run]
+        if seeds:
+            steps = f"{max(int(row['steps']) for row in seeds):,}" if headline.acts else "–"
+            row = {"task": headline.task, "script": seeds[0]["command"].split()[1], "environment steps": steps}
+            row |= {heading: mean_std_text([seed[heading] for seed in seeds]) for heading in ("return", "minutes")}
+            table.append(row | {"seeds": str(len(seeds)), "others report": seeds[0]["reported"] or "–"})
+    return table
+
+
+def write_glance() -> None:
+    table = glance_rows()
+    if table:
+        with (PLOTS / "glance.csv").open("w", newline="") as file:
+            rows = csv.DictWriter(file, [*table[0]], lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(table)
+        refresh_readme("glance")
+
+
 def draw_study(study: Study, log_dir: Path) -> bool:
     """Figure, CSVs, pictures and README table of one study; False when nothing of it is finished."""
     on_file = (PLOTS / "curves" / f"{study.name}.csv").exists()
@@ -499,6 +523,7 @@ def main(argv: list[str] | None = None) -> int:
             done = draw_study(study, args.log_dir.resolve())
         if not done:
             empty.append(study.name)
+    write_glance()
     # Without names, a study that nobody has run yet is no mistake; with nothing at all to draw, it is.
     if empty and (named or len(empty) == len(STUDIES)):
         what = "no plots/NAME.csv yet" if args.table_only else f"nothing finished in {args.log_dir}"

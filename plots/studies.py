@@ -121,6 +121,17 @@ class Study:
     seeds: int = 3
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A row of the README's first table: a run of a study whose finished seeds are on file."""
+
+    task: str
+    study: str
+    run: str
+    acts: bool = True
+    """False: the steps of the run are those of a gradient, not of the environment."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The catalogue
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1038,6 +1049,23 @@ STUDIES: tuple[Study, ...] = (
             Column("value lost", "value/loss"),
         ),
     ),
+)
+
+POSTURE_LONG = "PostureCheetah-v0, 1,000-step episodes"
+HEADLINES = (
+    Headline("HalfCheetah-v5, CEM on a learned model", "best-v5", "default"),
+    Headline("HalfCheetah-v5, PETS", "pets", "default"),
+    Headline(f"{POSTURE_LONG}, random shooting", "hw6", "rs"),
+    Headline(f"{POSTURE_LONG}, the course's CEM", "hw6", "cem"),
+    Headline(f"{POSTURE_LONG}, our CEM", "best-posture", "1000"),
+    Headline("HalfCheetah-v5, MBPO", "sac-mbpo", "mbpo"),
+    Headline("HalfCheetah-v5, SAC", "sac-mbpo", "sac"),
+    Headline("Hopper-v5, MBPO", "mbpo-hopper", "mbpo"),
+    Headline("HalfCheetah-v5, A2C", "a2c", "halfcheetah"),
+    Headline("HalfCheetah-v5, cloning 100 episodes, mse", "bc", "mse-100", acts=False),
+    Headline("HalfCheetah-v5, cloning 100 episodes, diffusion", "bc", "diffusion-100", acts=False),
+    Headline("HalfCheetah-v5, GAIL from 10 episodes", "imitation", "gail"),
+    Headline("HalfCheetah-v5, AIRL from 10 episodes", "imitation", "airl"),
 )
 
 

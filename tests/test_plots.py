@@ -210,6 +210,33 @@ def test_table_only_needs_no_runs(toy: Path, tmp_path: Path) -> None:
     assert "| -13600 |" in (tmp_path / "README.md").read_text()
 
 
+def test_the_first_table_sums_up_the_studies(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are means over the seeds in the CSVs; what has not run is left out; each call of figures.py makes it."""
+    headlines = (studies.Headline("A toy", "toy", "a"), studies.Headline("None", "toy", "c"))
+    headlines += (studies.Headline("B, no steps", "toy", "b", acts=False), studies.Headline("None", "missing", "a"))
+    monkeypatch.setattr(figures, "HEADLINES", headlines)
+    (tmp_path / "plots" / "toy.csv").write_text(
+        "study,run,setting,command,seed,commit,steps,return,minutes,reported,target\n"
+        "toy,a,A,python toy.py --x 1,1,c,3000,4,1,10 ± 2,\ntoy,a,A,python toy.py --x 1,2,c,3000,7,3,10 ± 2,\n"
+        "toy,b,B,python other.py,1,c,30,-22422.4,2,,\n"
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: glance -->\n<!-- end table: glance -->\n")
+    assert figures.main(["toy", "--table-only"]) == 0
+    assert readme.read_text().splitlines()[3:-1] == [
+        "| A toy | toy.py | 3,000 | 5.50 ± 2.12 | 2.00 ± 1.41 | 2 | 10 ± 2 |",
+        "| B, no steps | other.py | – | -22422 | 2.00 | 1 | – |",
+    ]
+
+
+def test_the_committed_first_table_is_of_the_committed_rows() -> None:
+    for headline in studies.HEADLINES:
+        assert headline.run in [run.name for run in studies.find_study(headline.study).runs], headline
+    assert figures.read_rows(figures.PLOTS / "glance.csv") == figures.glance_rows()
+
+
 def test_runs_that_are_no_more_stay_in_table_and_figure(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

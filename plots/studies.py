@@ -819,7 +819,7 @@ STUDIES: tuple[Study, ...] = (
                     name=f"{name}-{count}",
                     command=f"{BC} --variant {name} --num-episodes {count}",
                     minutes=4,
-                    label=f"{name}, {count} episodes",
+                    label=f"{name}, {count} episode{'s' * (count > 1)}",
                     exp_name=f"bc-{name}-100" if count == 100 else "",
                     target={100: "≥ 0.95", 20: "≥ 0.46, the best ≥ 0.9"}.get(count, ""),
                 )
@@ -831,7 +831,7 @@ STUDIES: tuple[Study, ...] = (
                     name=f"{name}-{count}-dagger",
                     command=f"{BC} --variant {name} --num-episodes {count} {DAGGER}",
                     minutes=9,
-                    label=f"{name}, {count} episodes, DAgger",
+                    label=f"{name}, {count} episode{'s' * (count > 1)}, DAgger",
                     target="≥ 0.95" if count == 5 else "",
                 )
                 for name in BC_NAMES

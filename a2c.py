@@ -11,7 +11,7 @@
 #     "moviepy==2.2.1",
 # ]
 # ///
-"""Advantage actor-critic (A2C): the policy gradient with a learned baseline, in many environments at once.
+r"""Advantage actor-critic (A2C): the policy gradient with a learned baseline, in many environments at once.
 
 The policy π draws an action, the critic V says what to expect, and the policy is pushed towards actions that turned out
 better than expected, by as much as their advantage A says:

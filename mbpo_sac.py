@@ -11,7 +11,7 @@
 #     "moviepy==2.2.1",
 # ]
 # ///
-"""SAC, Dyna and MBPO: one actor and critic, trained on real steps, or on short rollouts of a learned model as well.
+r"""SAC, Dyna and MBPO: one actor and critic, trained on real steps, or on short rollouts of a learned model as well.
 
 `--rollout-length 0` is soft actor-critic (SAC), k > 0 is model-based policy optimisation (MBPO), of which Dyna is an
 older relative (below). SAC learns two values Q_1, Q_2 and a stochastic policy π, paid for entropy at the price α:

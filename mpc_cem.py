@@ -11,7 +11,7 @@
 #     "moviepy==2.2.1",
 # ]
 # ///
-"""Model predictive control by the cross-entropy method (CEM) on a learned ensemble, with its modern refinements.
+r"""Model predictive control by the cross-entropy method (CEM) on a learned ensemble, with its modern refinements.
 
 Random shooting (mpc_random_shooting.py) draws action sequences blindly. CEM draws them from a Gaussian that it moves,
 iteration by iteration, towards the best ones found so far. For each environment, with a mean μ and a standard deviation

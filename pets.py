@@ -11,7 +11,7 @@
 #     "moviepy==2.2.1",
 # ]
 # ///
-"""PETS: model predictive control on an ensemble of Gaussians whose uncertainty is sampled, particle by particle.
+r"""PETS: model predictive control on an ensemble of Gaussians whose uncertainty is sampled, particle by particle.
 
 A model that predicts a point cannot say what it does not know, and a planner finds exactly those plans for which the
 model is wrong and hopeful. PETS keeps two kinds of doubt apart: each member predicts a Gaussian, for what is random in

@@ -528,6 +528,16 @@ def flag_problem(script: Path, flags: list[str]) -> str | None:
     return None
 
 
+def docstring_problems(path: Path, source: str) -> list[str]:
+    """--help shows the docstring as it stands in the file, and the commands in it parse."""
+    shown = ast.get_docstring(ast.parse(source), clean=False) or ""
+    if shown not in source:  # a backslash has eaten the line break of a command
+        return [f'{path.name}: the docstring is not shown as it stands; begin it with r"""']
+    commands = [line for line in shell_lines(shown) if re.match(r"(uv run|python) \S+\.py", line)]
+    problems = command_problems("\n".join(["```bash", *commands, "```"]), path.parent)
+    return [problem.replace("README.md", path.name) for problem in problems]
+
+
 def command_problems(readme: str, root: Path) -> list[str]:
     """Every command in README.md runs a file that exists, and a script's flags parse."""
     problems = []

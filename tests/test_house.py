@@ -599,6 +599,18 @@ python mpc_cem.py --no-such-flag
     assert_none(house.command_problems(readme, toy_root))
 
 
+def test_docstring_commands(script: Path, source: str) -> None:
+    assert_none(house.docstring_problems(script, source))
+
+
+def test_docstring_commands_planted(toy_root: Path) -> None:
+    path, command = toy_root / copies.SCRIPTS[2], "python mpc_cem.py --horizon 3 \\\n    --kind b"
+    assert_none(house.docstring_problems(path, f'r"""Toy.\n\n    {command}\n"""\n'))
+    assert reports(house.docstring_problems(path, f'"""Toy.\n\n    {command}\n"""\n'), "not shown as it stands")
+    wrong = command.replace("--kind", "--kin")
+    assert reports(house.docstring_problems(path, f'r"""Toy.\n\n    {wrong}\n"""\n'), "mpc_cem.py")
+
+
 def test_readme_has_the_test_command(readme: str) -> None:
     assert_none(house.ci_problems((ROOT / ".ci" / "run").read_text(encoding="utf-8"), readme))
 

@@ -292,10 +292,12 @@ def draw_figure(study: Study, panels: list[Panel], loaded: dict[str, list[Finish
 
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
+    # Many curves, or narrow axes, leave no room for their names among them.
+    outside = columns == 3 or any(panel.tags or len(runs_in(panel, study)) > 5 for panel in panels if not panel.heat)
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(9, 0.8 + (4.4 if any(panel.tags for panel in panels) else 3.4) * rows),
+        figsize=(9, 0.8 + (4.4 if outside else 3.4) * rows),
         squeeze=False,
         layout="constrained",
     )
@@ -327,8 +329,9 @@ def draw_figure(study: Study, panels: list[Panel], loaded: dict[str, list[Finish
             continue
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        # Many curves leave no room for their names among them.
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if panel.tags else {}
+        below: dict[str, Any] = {}
+        if outside:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2 if columns == 1 else 1}
         axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", **below)
     figure.suptitle(study.title, fontsize=12)
     figure.savefig(path, dpi=100)

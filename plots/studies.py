@@ -1036,7 +1036,7 @@ STUDIES: tuple[Study, ...] = (
                 log_x=True,
                 log_y=True,
                 runs=("default",),
-                tags=(("value/loss", "‖V* − V^π̂*‖∞"), ("value/bound", "equation (2)")),
+                tags=(("value/loss", "‖V* − V^π̂*‖∞"), ("value/bound", "bound (T)")),
             ),
         ),
         columns=(

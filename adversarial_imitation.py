@@ -100,7 +100,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/qf_loss              equation 2: SAC's critics
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
-    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: scaled to [-1, 1])
+    losses/entropy              -log π(a|s), of actions scaled to [-1, 1]
     losses/qf_values            min Q of the batch
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environment
@@ -187,7 +187,7 @@ class Args:
     checkpoint_every: int = 50_000
     """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
-    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
     """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     save_policy: str | None = None
@@ -203,7 +203,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting any"""
+    """file of transitions (of --save-data) to begin with, instead of random steps"""
     num_episodes: int = 10
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
 
@@ -211,7 +211,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps"""
     num_envs: int = 1
-    """environments stepped in parallel"""
+    """environments stepped side by side"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     buffer_size: int = 1_000_000
@@ -245,7 +245,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
+    """samples per gradient step (of an ensemble: per member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -359,13 +359,14 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
         if hidden_positions(env):
+            env.close()
             env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
     except Exception as error:  # an environment's own code raises what it likes
         fail(f"--env-id {env_id}: {error}")
@@ -400,7 +401,7 @@ def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
 
-    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    Restoring resets and replays, which is exact where all randomness is `np_random` and a reset forgets all else.
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -417,8 +418,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         space: Any = self.action_space
         action = np.array(action, space.dtype)  # what is stored is what was done
-        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
-        self.actions.append(action)
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounding to float32 may leave the bounds
+        self.actions.append(action.copy())  # an environment may change the one it is given
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -467,12 +468,14 @@ class VectorEnv:
     def state_dict(self) -> dict[str, Any]:
         rng = self.action_space.np_random.bit_generator.state
         envs = [env.state_dict() for env in self.envs]
-        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode), "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
 def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -654,7 +657,8 @@ def from_minari(name: str, episodes: int, env_id: str, obs_dim: int, action_dim:
         ends = [bool(each.terminations[-1]) for each in found]
     except Exception as error:  # the network, the file, or the dataset's own code
         fail(f"--minari-id {name}: {error}")
-    require(source == env_id, f"--minari-id {name} is from {source}, not from {env_id}")
+    same = source.rpartition(":")[2] == env_id.rpartition(":")[2]  # Gymnasium's specs leave the module out
+    require(same, f"--minari-id {name} is from {source}, not from {env_id}")
     require(bool(found), f"--minari-id {name}: it has no episodes")
     shapes = f"{tuple(obs[0].shape)} and {tuple(action[0].shape)}"
     fits = obs[0].shape[1:] == (obs_dim,) and action[0].shape[1:] == (action_dim,)
@@ -673,9 +677,9 @@ def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: T
     require(len(data.obs) > 1, "one transition is not enough to learn from")
     check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
     low, high = low.to(data.action), high.to(data.action)
-    beyond = torch.maximum(low - data.action, data.action - high).max().item()
-    fits = beyond <= 1e-3 * (high - low).max().item()
-    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")
+    beyond = torch.maximum(low - data.action, data.action - high)
+    fits, most = bool((beyond <= 1e-3 * (high - low)).all()), beyond.max().item()
+    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {most:.3g}: are they scaled?")
 
 
 class Normaliser(nn.Module):
@@ -749,13 +753,13 @@ class Actor(nn.Module):
         return torch.tanh(self(obs)[0]) * self.action_scale + self.action_bias
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparametrised actions (B, A) and their log-probability (B,)."""
+        """Reparametrised actions (B, A) and the log-probability (B,) that they have when they are scaled to [-1, 1]."""
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # The density shrinks by the slope of scale * tanh(x); log(1 - tanh(x)²), written so that nothing overflows.
-        slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + self.action_scale.log()
+        # The density shrinks by the slope of tanh(x): log(1 - tanh(x)²), written so that nothing overflows.
+        slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
         return torch.tanh(x) * self.action_scale + self.action_bias, (gaussian - slope).sum(dim=-1)
 
 
@@ -795,9 +799,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
     check_data(actor.state_dict(), f"--expert {path}")
     least, most = actor.action_bias - actor.action_scale, actor.action_bias + actor.action_scale
-    beyond = torch.maximum(low.cpu() - least, most - high.cpu()).max().item()
-    fits = beyond <= 1e-3 * (high - low).max().item()
-    require(fits, f"--expert {path} exceeds the bounds of {env_id}'s actions by up to {beyond:.3g}: another scale?")
+    beyond = torch.maximum(low.cpu() - least, most - high.cpu())
+    fits = bool((beyond <= 1e-3 * (high - low).cpu()).all())
+    words = f"exceeds the bounds of {env_id}'s actions by up to {beyond.max().item():.3g}: another scale?"
+    require(fits, f"--expert {path} {words}")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -820,8 +825,7 @@ class Discriminator(nn.Module):
         super().__init__()
         units = args.discriminator_units
         self.airl = args.algo == "airl"
-        # log π counts in the environment's units, its bounds for actions scaled to [-1, 1].
-        self.log_scale, self.bound = ((high - low) / 2).log().sum().item(), max(5.0, len(low))
+        self.bound = max(5.0, len(low))  # of log π
         self.gamma, self.low, self.high = args.gamma, low, high
         self.normaliser = Normaliser(obs_dim)
         self.head = nn.Sequential(
@@ -851,8 +855,7 @@ class Discriminator(nn.Module):
     def logit(self, step: Step, log_prob: Tensor, alpha: Tensor) -> Tensor:
         if not self.airl:
             return self.score(step)
-        scaled = (log_prob + self.log_scale).clamp(-self.bound, self.bound)
-        return self.score(step) - alpha * self.scale() * (scaled - self.log_scale)
+        return self.score(step) - alpha * self.scale() * log_prob.clamp(-self.bound, self.bound)
 
     def scale(self) -> Tensor:
         """What rewards are divided by, and SAC's temperature multiplied with."""
@@ -911,9 +914,7 @@ class Agent(nn.Module):
         self.critic = TwinCritic(obs_dim, len(low), args.units)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha) if args.alpha else 0.0))
-        target = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
-        # As in the papers it is that of actions in [-1, 1]; log π counts in the environment's units.
-        self.target_entropy = target + self.actor.action_scale.log().sum().item()
+        self.target_entropy = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
         self.gamma, self.tau, self.fixed_alpha = args.gamma, args.tau, args.alpha
         self.dtype = getattr(torch, args.train_dtype)
         self.to(low.device)
@@ -971,7 +972,7 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
     u = ((action - actor.action_bias) / actor.action_scale).clamp(-1 + 1e-4, 1 - 1e-4)
     x = torch.atanh(u)
     gaussian = -0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (gaussian - (1 - u.square()).log() - actor.action_scale.log()).sum(dim=-1)
+    return (gaussian - (1 - u.square()).log()).sum(dim=-1)
 
 
 def train_discriminator(
@@ -1114,7 +1115,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    return f"return {mean:.1f} ± {std:.1f} ({each})"
+    return f"return {mean:.1f} ± {std:.1f} ({each})" if len(returns) > 1 else f"return {mean:.1f}"
 
 
 @torch.no_grad()
@@ -1140,7 +1141,7 @@ def run_episodes(
         done.append(action[rows])
         numbers.append(rows)
         _, reward, _ = envs.step(moves)
-        returns += reward * alive  # after its first episode an environment is only kept company
+        returns += np.where(alive, reward, 0)  # after its first episode an environment is only kept company
         alive = alive & (envs.episode == before)
     for env in envs.envs:
         env.close()
@@ -1252,8 +1253,8 @@ class Checkpointer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
         torch.set_rng_state(checkpoint["rng"])
-        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def save(self) -> None:
         now = time.perf_counter()
@@ -1261,7 +1262,7 @@ class Checkpointer:
         self.started = now
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)}
         save_file(self.run_dir / "checkpoint.pt", state)
 
     def step(self, due: bool) -> None:
@@ -1473,6 +1474,7 @@ def main(args: Args) -> dict[str, float]:
     checkpointer = Checkpointer(run_dir, progress, parts)
     if checkpoint:
         go_on(args, checkpointer, checkpoint)
+        checkpoint = None  # it has a copy of the buffer
     if args.eval_only:
         video = run_dir / "videos" / "eval_only.mp4" if args.capture_video else None
         again, returns = evaluate(args, agent.actor, data.expert_return, args.eval_episodes, device, video)
@@ -1482,7 +1484,7 @@ def main(args: Args) -> dict[str, float]:
             save_policy(Path(args.save_policy), args, agent, again)
         return again
     with checkpointer:
-        log = Logger(run_dir, args, progress["step"] if checkpoint else None)
+        log = Logger(run_dir, args, progress["step"] if args.resume else None)
         print(f"{run_dir}: the expert earns {data.expert_return:.1f}, {len(expert_steps[0])} transitions", flush=True)
         bar = tqdm(total=args.total_timesteps, initial=progress["step"], unit="step")
         watch = Stopwatch(progress["step"])

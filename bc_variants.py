@@ -24,7 +24,7 @@ may be a bad one. With x the standardised observation and u the action scaled to
     autoregressive  u_i ~ one of B bins, given x and b_1..b_i-1  -Σ_i Σ_b share_b(u_i) log p(b | x, b_1 .. b_i-1)   (5)
 
 share_b(u_i) is 1 at the centre of bin b and falls to 0 at those of its neighbours; b_i is a bin drawn by these shares.
-f, μ_k and û end in a tanh: experts saturate, and a function that is flat there has no need to learn how flat. While
+f, μ_k and û end in a tanh: experts often act at the bounds, which a tanh reaches without going beyond them. While
 training, x is a little blurred (--input-noise); what acts and is measured is a running mean of the weights
 (--ema-decay).
 
@@ -151,7 +151,7 @@ class Args:
     checkpoint_every: int = 5_000
     """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
-    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
     """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     env_id: str = "HalfCheetah-v5"
@@ -165,7 +165,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting any"""
+    """file of transitions (of --save-data) to begin with, instead of random steps"""
     num_episodes: int = 20
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
     dagger_rounds: int = 0
@@ -197,7 +197,7 @@ class Args:
     train_steps: int = 40_000
     """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
+    """samples per gradient step (of an ensemble: per member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
@@ -311,13 +311,14 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
         if hidden_positions(env):
+            env.close()
             env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
     except Exception as error:  # an environment's own code raises what it likes
         fail(f"--env-id {env_id}: {error}")
@@ -352,7 +353,7 @@ def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
 
-    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    Restoring resets and replays, which is exact where all randomness is `np_random` and a reset forgets all else.
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -369,8 +370,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         space: Any = self.action_space
         action = np.array(action, space.dtype)  # what is stored is what was done
-        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
-        self.actions.append(action)
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounding to float32 may leave the bounds
+        self.actions.append(action.copy())  # an environment may change the one it is given
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -419,12 +420,14 @@ class VectorEnv:
     def state_dict(self) -> dict[str, Any]:
         rng = self.action_space.np_random.bit_generator.state
         envs = [env.state_dict() for env in self.envs]
-        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode), "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
 def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -487,16 +490,23 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
     """Row numbers of the training and the held-out transitions, each in order of episode and time.
 
     Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
-    memory, not generalisation. Where even one is more than was asked for, its last part is held out.
+    memory, not generalisation. Where these come to less than half of what was asked for, the last part of the longest
+    one is held out instead.
     """
     order = torch.sort(episode, stable=True).indices
     episodes, counts = episode.unique(return_counts=True)
-    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
-    chosen = counts[shuffled].cumsum(0) <= holdout_ratio * len(episode)
-    held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
-    if not chosen.any():
-        held_out = episode[order] == episodes[shuffled[0]]
-        held_out &= held_out.cumsum(0) > counts[shuffled[0]] - max(int(holdout_ratio * len(episode)), 1)
+    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths, wanted = counts.tolist(), max(int(holdout_ratio * len(episode)), 1)
+    chosen, held = [], 0
+    for index in shuffled:
+        if held + lengths[index] <= wanted:  # else the next one may be shorter
+            chosen.append(index)
+            held += lengths[index]
+    held_out = torch.isin(episode[order], episodes[chosen])
+    if held < wanted / 2:
+        longest = max(shuffled, key=lambda index: lengths[index])
+        held_out = episode[order] == episodes[longest]
+        held_out &= held_out.cumsum(0) > lengths[longest] - wanted
     return order[~held_out], order[held_out]
 
 
@@ -565,7 +575,8 @@ def from_minari(name: str, episodes: int, env_id: str, obs_dim: int, action_dim:
         returns = [float(np.sum(each.rewards)) for each in found]
     except Exception as error:  # the network, the file, or the dataset's own code
         fail(f"--minari-id {name}: {error}")
-    require(source == env_id, f"--minari-id {name} is from {source}, not from {env_id}")
+    same = source.rpartition(":")[2] == env_id.rpartition(":")[2]  # Gymnasium's specs leave the module out
+    require(same, f"--minari-id {name} is from {source}, not from {env_id}")
     require(bool(found), f"--minari-id {name}: it has no episodes")
     shapes = f"{tuple(obs[0].shape)} and {tuple(action[0].shape)}"
     fits = obs[0].shape[1:] == (obs_dim,) and action[0].shape[1:] == (action_dim,)
@@ -582,9 +593,9 @@ def check_demonstrations(data: Demonstrations, env_id: str, low: Tensor, high: T
     require(len(data.obs) > 1, "one transition is not enough to learn from")
     check_data({"observations": data.obs, "actions": data.action}, "the demonstrations")
     low, high = low.to(data.action), high.to(data.action)
-    beyond = torch.maximum(low - data.action, data.action - high).max().item()
-    fits = beyond <= 1e-3 * (high - low).max().item()
-    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {beyond:.3g}: are they scaled?")
+    beyond = torch.maximum(low - data.action, data.action - high)
+    fits, most = bool((beyond <= 1e-3 * (high - low)).all()), beyond.max().item()
+    require(fits, f"the demonstrated actions exceed the bounds of {env_id} by up to {most:.3g}: are they scaled?")
 
 
 class Normaliser(nn.Module):
@@ -638,13 +649,13 @@ class Actor(nn.Module):
         return torch.tanh(self(obs)[0]) * self.action_scale + self.action_bias
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparametrised actions (B, A) and their log-probability (B,)."""
+        """Reparametrised actions (B, A) and the log-probability (B,) that they have when they are scaled to [-1, 1]."""
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # The density shrinks by the slope of scale * tanh(x); log(1 - tanh(x)²), written so that nothing overflows.
-        slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + self.action_scale.log()
+        # The density shrinks by the slope of tanh(x): log(1 - tanh(x)²), written so that nothing overflows.
+        slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
         return torch.tanh(x) * self.action_scale + self.action_bias, (gaussian - slope).sum(dim=-1)
 
 
@@ -909,9 +920,10 @@ def load_expert(path: str, env_id: str, obs_dim: int, low: Tensor, high: Tensor)
         fail(f"--expert {path} is no actor of mbpo_sac.py --save-policy or of CleanRL's SAC ({error})")
     check_data(actor.state_dict(), f"--expert {path}")
     least, most = actor.action_bias - actor.action_scale, actor.action_bias + actor.action_scale
-    beyond = torch.maximum(low.cpu() - least, most - high.cpu()).max().item()
-    fits = beyond <= 1e-3 * (high - low).max().item()
-    require(fits, f"--expert {path} exceeds the bounds of {env_id}'s actions by up to {beyond:.3g}: another scale?")
+    beyond = torch.maximum(low.cpu() - least, most - high.cpu())
+    fits = bool((beyond <= 1e-3 * (high - low).cpu()).all())
+    words = f"exceeds the bounds of {env_id}'s actions by up to {beyond.max().item():.3g}: another scale?"
+    require(fits, f"--expert {path} {words}")
     return actor.to(low.device).requires_grad_(False)
 
 
@@ -941,7 +953,7 @@ def run_episodes(
         done.append(action[rows])
         numbers.append(rows)
         _, reward, _ = envs.step(moves)
-        returns += reward * alive  # after its first episode an environment is only kept company
+        returns += np.where(alive, reward, 0)  # after its first episode an environment is only kept company
         alive = alive & (envs.episode == before)
     for env in envs.envs:
         env.close()
@@ -992,7 +1004,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    return f"return {mean:.1f} ± {std:.1f} ({each})"
+    return f"return {mean:.1f} ± {std:.1f} ({each})" if len(returns) > 1 else f"return {mean:.1f}"
 
 
 # Differs: an imitator is measured by its expert
@@ -1104,8 +1116,8 @@ class Checkpointer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
         torch.set_rng_state(checkpoint["rng"])
-        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def save(self) -> None:
         now = time.perf_counter()
@@ -1113,7 +1125,7 @@ class Checkpointer:
         self.started = now
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)}
         save_file(self.run_dir / "checkpoint.pt", state)
 
     def step(self, due: bool) -> None:
@@ -1271,14 +1283,15 @@ def train_round(
         due = step % args.eval_every == 0 or step == args.train_steps
         save = progress["step"] % args.checkpoint_every == 0
         if due or save or checkpointer.signal:  # what has not been checked is not saved
-            check_losses({"losses/train_loss": loss.item()}, progress["step"], run_dir)
+            weights = torch.stack([weight.detach().norm() for weight in policy.parameters()]).sum().item()
+            check_losses({"losses/train_loss": loss.item(), "weights": weights}, progress["step"], run_dir)
         if due:
             metrics = measure(average, data, train, test, args.sample)
             check_losses(metrics, progress["step"], run_dir)
             better = metrics["losses/holdout_loss"] < progress["lowest"]
             progress["lowest"] = min(progress["lowest"], metrics["losses/holdout_loss"])
             progress["stale"] = 0 if better else progress["stale"] + 1
-            if better:
+            if better and args.stop_after:
                 best.load_state_dict(average.state_dict())
             if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
                 log.scalars(metrics, progress["step"])  # what is logged first stays

@@ -10,14 +10,14 @@ copy continues where the original stands.
 
 Obstacles-v0: walk around five walls to a goal in the plane. 100 steps.
     obs (4)      x, y, goal x, goal y (0.7, -0.8); always inside (-0.99, 0.99)
-    action (2)   the step, in units of 0.1; clipped to [-1, 1]
+    action (2)   the step, in units of 0.1; in [-0.99, 0.99]
     dynamics     a step that would end in a wall or outside the box is not made
     reward       minus the distance to the goal after the step
     terminates   within 0.1 of the goal, and nowhere else
     Why: dynamics with jumps, easy to look at. The reward is negative everywhere, so ending early is worth a lot: a
     planner that took the edge of the box for an exit would run into it. Random actions return about -160.
 
-PostureCheetah-v0: Gymnasium's half-cheetah, run slowly and with the front leg held back. 500 steps of 0.01 s.
+PostureCheetah-v0: Gymnasium's half-cheetah, which must run with its front leg held back. 500 steps of 0.01 s.
     obs (21)     9 joint positions, 9 joint velocities, position of the torso
     action (6)   joint torques in [-1, 1]
     reward       x velocity, -10 if the front thigh is beyond 0.2 rad, -10 if the front shin is beyond 0, -10 if the
@@ -32,8 +32,8 @@ Reacher7DoF-v0: a seven-joint arm reaches for a point in the air, without gravit
     action (7)   motor torques in [-1, 1], times a gear of 20 for the first joint and 10 for the others
     reward       -10 times the distance from fingertip to target
     terminates   never
-    Why: smooth, no randomness at all, and seven actions: too many for random search to be good at. Random actions
-    return about -1,770.
+    Why: mostly smooth, every episode starts alike, and seven actions: too many for random search to be good at.
+    Random actions return about -1,770.
 """
 
 import copy

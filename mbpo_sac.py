@@ -32,7 +32,8 @@ Pseudocode:
         every model_every steps, if rollout_length > 0:
             fit the ensemble on the buffer until each member's held-out error stops falling;  keep the best as elites
             start = states of the buffer;  for rollout_length steps:
-                a ~ π(.|s),  s', r ~ a random elite(s, a);  model buffer <- model buffer + transition;  drop the ended
+                a ~ π(.|s),  s', r ~ a random elite(s, a);  model buffer <- model buffer + transition
+                s <- s' where that is no end
         utd_ratio times:
             batch <- real_ratio of it from the buffer, the rest from the model buffer;  equations 1 to 3
 
@@ -46,8 +47,8 @@ Usage:
         --total-timesteps 6_000 --eval-every 1_000                                      # SAC in a minute
     python mbpo_sac.py --resume RUN_DIR                     # go on exactly where it stopped
     python mbpo_sac.py --resume RUN_DIR --eval-only         # the evaluation of that run again
-    python mbpo_sac.py --resume RUN_DIR --save-policy expert.pt     # its actor, as an expert for bc_variants.py
-    actor = load_policy("expert.pt")                                # ... and in your own code, once
+    python mbpo_sac.py --resume RUN_DIR --eval-only --save-policy expert.pt     # ... and its actor, for bc_variants.py
+    from mbpo_sac import load_policy; actor = load_policy("expert.pt")          # ... in your own code, once
     action = actor.mode(torch.as_tensor(obs).float()).numpy()       # for each observation
 
 The course's Dyna (CS285 homework 4: deterministic members that are averaged, known reward, one buffer for real and
@@ -84,7 +85,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/qf_loss              equation 2, mean over the steps since the last log, as are the following
     losses/actor_loss           equation 2
     losses/alpha                temperature
-    losses/entropy              -log π(a|s), of actions in the environment's units (target_entropy: scaled to [-1, 1])
+    losses/entropy              -log π(a|s), of actions scaled to [-1, 1]
     losses/qf_values            min Q of the batch
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) on held-out transitions, mean over the elites
@@ -100,19 +101,17 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     time/share_other            in evaluation, logging and checkpoints
 
 Deviations: actor, critics and temperature step together, by the weights before (the paper's pseudocode: one after the
-other); the entropy that is paid is that of actions in the environment's units (as in CleanRL; the papers: in [-1, 1]),
-so that each step earns α Σ log(half-range) more, which counts where episodes can end early and actions do not range
-over [-1, 1] (Humanoid-v5: -15.6 α); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each
-real one (40 on HalfCheetah); rollouts begin at each fit and not at each step (as in the authors' code); targets are
-normalised; every member trains on all rows, and not on a bootstrap of them; reward and termination come from formulas
-where there are any (the paper learns the reward, and knows when an episode ends: here --reward learned learns both);
-each rollout step gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most
-max_train_steps gradient steps, and that alone ends it from some 24,000 rows on (six epochs are more); with bfloat16
-rollouts use a copy of the elites' weights that is rounded, too. A row that is held out is held out for good (at most
-5,000 are tested by, and learned ends do not count), where the paper draws others at each fit: weights that have trained
-on a row know it, and no new ones seem better. The course's Dyna holds no rows out and has no noise on its inputs; its
-code has three layers of 128 units for SAC and, in the file of settings, α = 0.05 (0.1 where nothing is set); it makes a
-rollout before each update, here those for 50 updates are made at once.
+other); 5 members and 3 elites by default (the paper: 7 and 5), 10 gradient steps for each real one (40 on HalfCheetah);
+rollouts begin at each fit (as in the authors' code), not at each step (as in the paper); targets are normalised; every
+member trains on all rows, and not on a bootstrap of them; reward and termination come from formulas where there are any
+(the paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step
+gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps
+gradient steps, and that alone ends it from some 24,000 rows on (six epochs are more); with bfloat16 rollouts use a copy
+of the elites' weights that is rounded, too. A row that is held out is held out for good (at most 5,000 are tested by,
+and learned ends do not count), where the paper draws others at each fit: weights that have trained on a row know it,
+and no new ones seem better. The course's Dyna holds no rows out and has no noise on its inputs; its code has three
+layers of 128 units for SAC and, in the file of settings, α = 0.05 (0.1 where nothing is set); it makes a rollout before
+each update, here those for 50 updates are made at once.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -185,7 +184,7 @@ class Args:
     checkpoint_every: int = 50_000
     """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
-    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
     """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     save_policy: str | None = None
@@ -199,7 +198,7 @@ class Args:
     total_timesteps: int = 150_000
     """environment steps"""
     num_envs: int = 1
-    """environments stepped in parallel"""
+    """environments stepped side by side"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     buffer_size: int = 1_000_000
@@ -217,7 +216,7 @@ class Args:
     tau: float = 0.005
     """step of the target networks towards the critics"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
+    """samples per gradient step (of an ensemble: per member)"""
     learning_rate: float = 3e-4
     """step size of Adam"""
     units: int = 256
@@ -374,15 +373,17 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
     return POSITIONS.get(env.spec.id, 0) if env.spec else 0
 
 
-def free_angles(env: gym.Env[Any, Any]) -> list[int]:
-    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn."""
+def free_angles(env: gym.Env[Any, Any], obs: np.ndarray) -> list[int]:
+    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn.
+
+    `obs` is what the environment shows now. Where all joints are at 0 nobody can tell, and no angle is found."""
     task: Any = env.unwrapped
-    if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
+    model: Any = getattr(task, "model", None)
+    positions = getattr(getattr(task, "data", None), "qpos", None)
+    if not hasattr(model, "jnt_type") or positions is None or not np.any(positions) or len(obs) < len(positions):
         return []
-    model, positions = task.model, np.array(task.data.qpos)
-    seen = np.ravel(task._get_obs())[: len(positions)]
-    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
-        return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
+    if not np.allclose(obs[: len(positions)], positions, atol=1e-6):
+        return []  # the observation does not begin with the joints' positions
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
     return [int(address) for address in model.jnt_qposadr[free]]
@@ -390,13 +391,14 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
         if hidden_positions(env):
+            env.close()
             env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
     except Exception as error:  # an environment's own code raises what it likes
         fail(f"--env-id {env_id}: {error}")
@@ -431,7 +433,7 @@ def check_time_limit(env: gym.Env[Any, Any], env_id: str) -> None:
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
 
-    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    Restoring resets and replays, which is exact where all randomness is `np_random` and a reset forgets all else.
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -448,8 +450,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         space: Any = self.action_space
         action = np.array(action, space.dtype)  # what is stored is what was done
-        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
-        self.actions.append(action)
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounding to float32 may leave the bounds
+        self.actions.append(action.copy())  # an environment may change the one it is given
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -498,12 +500,14 @@ class VectorEnv:
     def state_dict(self) -> dict[str, Any]:
         rng = self.action_space.np_random.bit_generator.state
         envs = [env.state_dict() for env in self.envs]
-        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode), "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
 def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -559,11 +563,9 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     """Try the environment's own batch_reward and batch_terminated before they are planned with."""
     task: Any = env.unwrapped
     name = env.spec.id if env.spec else type(task).__name__
-    found = [part for part in ("batch_reward", "batch_terminated") if callable(getattr(task, part, None))]
-    require(
-        len(found) != 1, f"{name} has {found[0] if found else ''} but not both of batch_reward and batch_terminated"
-    )
-    if not found:
+    has = [callable(getattr(task, part, None)) for part in ("batch_reward", "batch_terminated")]
+    require(has[0] == has[1], f"{name} must have both of batch_reward and batch_terminated, or neither")
+    if not any(has):
         return
     sizes = [gym.spaces.flatdim(space) for space in (env.observation_space, env.action_space)]
     obs, action = (torch.zeros(2, 3, size) for size in sizes)
@@ -574,6 +576,7 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
         except Exception as error:  # an environment's own code raises what it likes
             fail(f"{name}: {part} failed on zeros, (2, 3, D): {error}")
         require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be a tensor (2, 3), it is {shape}")
+    require(found.dtype == torch.bool, f"{name}: batch_terminated must be of dtype bool, it is {found.dtype}")
 
 
 def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
@@ -676,7 +679,7 @@ class ResizableBuffer(ReplayBuffer):
 
 
 def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: ReplayBuffer) -> None:
-    """Warn when what is planned for is not what the environment pays."""
+    """Warn when what is planned for is not what the environment pays, or when it ends elsewhere."""
     if formulas:
         rows = slice(0, buffer.size)
         known = formulas[0](buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows])
@@ -684,6 +687,9 @@ def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: Re
         if not error <= 0.1 * spread + 1e-4:
             words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
             print(f"warning: the reward by formula is {words} (spread {spread:.3g})", file=sys.stderr)
+        wrong = (formulas[1](buffer.next_obs[rows]) != buffer.terminated[rows].bool()).sum().item()
+        if wrong:
+            print(f"warning: the end by formula is wrong in {wrong} of {buffer.size} steps", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -824,6 +830,7 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        nll = torch.where(self.target_normaliser.std > 0, nll, 0)  # what never moves would drag the bounds down
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
         bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return nll.mean(dim=(1, 2)) + bounds
@@ -856,13 +863,13 @@ class Actor(nn.Module):
         return torch.tanh(self(obs)[0]) * self.action_scale + self.action_bias
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Reparametrised actions (B, A) and their log-probability (B,)."""
+        """Reparametrised actions (B, A) and the log-probability (B,) that they have when they are scaled to [-1, 1]."""
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # The density shrinks by the slope of scale * tanh(x); log(1 - tanh(x)²), written so that nothing overflows.
-        slope = 2 * (math.log(2) - x - F.softplus(-2 * x)) + self.action_scale.log()
+        # The density shrinks by the slope of tanh(x): log(1 - tanh(x)²), written so that nothing overflows.
+        slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
         return torch.tanh(x) * self.action_scale + self.action_bias, (gaussian - slope).sum(dim=-1)
 
 
@@ -906,9 +913,7 @@ class Agent(nn.Module):
         self.critic = TwinCritic(obs_dim, len(low), args.units)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha) if args.alpha else 0.0))
-        target = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
-        # As in the papers it is that of actions in [-1, 1]; log π counts in the environment's units.
-        self.target_entropy = target + self.actor.action_scale.log().sum().item()
+        self.target_entropy = -float(len(low)) if args.target_entropy == "auto" else args.target_entropy
         self.gamma, self.tau, self.fixed_alpha = args.gamma, args.tau, args.alpha
         self.dtype = getattr(torch, args.train_dtype)
         self.to(low.device)
@@ -1119,15 +1124,13 @@ def real_rows(args: Args) -> int:
 
 
 def sample_batch(
-    args: Args, buffer: ReplayBuffer, imagined: ReplayBuffer | None, skip: int
+    args: Args, buffer: ReplayBuffer, imagined: ReplayBuffer, skip: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """obs, action, next_obs, reward, terminated: so many real and so many imagined, without the hidden positions."""
-    real = args.batch_size
-    if imagined and imagined.size:
-        real = real_rows(args)
+    real = real_rows(args) if imagined.size else args.batch_size
     parts = []
     for source, count in ((buffer, real), (imagined, args.batch_size - real)):
-        if source and count:
+        if count:
             rows = torch.randint(source.size, (count,), device=source.obs.device)
             columns = (source.obs, source.action, source.next_obs, source.reward, source.terminated)
             parts.append([column[rows] for column in columns])
@@ -1189,7 +1192,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    return f"return {mean:.1f} ± {std:.1f} ({each})"
+    return f"return {mean:.1f} ± {std:.1f} ({each})" if len(returns) > 1 else f"return {mean:.1f}"
 
 
 @torch.no_grad()
@@ -1228,7 +1231,7 @@ def evaluate(
         next_obs, reward, over = envs.step(action.cpu().numpy())
         observed.append(obs)
         actions.append(action)
-        rewards.append(reward * alive[-1])  # after its first episode an environment is only kept company
+        rewards.append(np.where(alive[-1], reward, 0))  # after its first episode it is only kept company
         ended.append(over & alive[-1])
         last_obs[alive[-1]] = next_obs[alive[-1]]
         alive.append(alive[-1] & (envs.episode == episode))
@@ -1347,8 +1350,8 @@ class Checkpointer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
         torch.set_rng_state(checkpoint["rng"])
-        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def save(self) -> None:
         now = time.perf_counter()
@@ -1356,7 +1359,7 @@ class Checkpointer:
         self.started = now
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)}
         save_file(self.run_dir / "checkpoint.pt", state)
 
     def step(self, due: bool) -> None:
@@ -1516,13 +1519,14 @@ def learn_to_act(
         means.add(agent.update(*sample_batch(args, buffer, imagined, skip)))
 
 
-def model_config(args: Args, env: gym.Env[Any, Any], obs_dim: int, action_dim: int, known: bool) -> dict[str, Any]:
-    """`known`: reward and termination are; without rollouts nobody asks for them."""
-    config: dict[str, Any] = {"obs_dim": obs_dim, "action_dim": action_dim, "skip": hidden_positions(env)}
+def model_config(args: Args, envs: VectorEnv, action_dim: int, known: bool) -> dict[str, Any]:
+    """`known`: there are formulas for reward and termination; without rollouts nobody asks for them."""
+    env, obs = envs.envs[0], envs.obs
+    config: dict[str, Any] = {"obs_dim": obs.shape[1], "action_dim": action_dim, "skip": hidden_positions(env)}
     config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
     learn_reward = not known and args.rollout_length > 0
     config |= {"activation": args.activation, "learn_reward": learn_reward, "probabilistic": args.probabilistic}
-    return config | {"angles": free_angles(env) if args.wrap_angles else []}
+    return config | {"angles": free_angles(env, obs[0]) if args.wrap_angles else []}
 
 
 def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) -> None:
@@ -1559,7 +1563,7 @@ def main(args: Args) -> dict[str, float]:
 
     agent = Agent(obs_dim - skip, low, high, args)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, len(low), device)
-    model = make_model(model_config(args, envs.envs[0], obs_dim, len(low), known=formulas is not None)).to(device)
+    model = make_model(model_config(args, envs, len(low), known=formulas is not None)).to(device)
     model_optimizer = make_optimizer(model, args.model_learning_rate, args.weight_decay)
     imagined = ResizableBuffer(args.buffer_size if args.real_ratio is None else 1, obs_dim, len(low), device)
 
@@ -1637,7 +1641,8 @@ def main(args: Args) -> dict[str, float]:
                 log.scalars(progress["metrics"] | {"time/minutes": minutes}, step)
                 tqdm.write(f"{step} steps: {describe(progress['metrics'], returns)}")
             if save or checkpointer.signal:  # what has not been checked is not saved
-                check_losses(means.read(), buffer, args, step, run_dir)
+                weights = torch.stack([weight.detach().norm() for weight in agent.parameters()]).sum().item()
+                check_losses(means.read() | {"weights": weights}, buffer, args, step, run_dir)
             checkpointer.step(due=save or finished)
             watch.lap("time/share_other")
         bar.close()

@@ -149,17 +149,17 @@ class Args:
     checkpoint_every: int = 5_000
     """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
-    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with Box observations and actions; module:EnvId imports the module first"""
 
     # Data
     num_envs: int = 8
-    """environments stepped in parallel"""
+    """environments stepped side by side"""
     initial_steps: int = 20_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting any"""
+    """file of transitions (of --save-data) to begin with, instead of random steps"""
     save_data: str | None = None
     """file to write the collected transitions to"""
     holdout_ratio: float = 0.1
@@ -187,7 +187,7 @@ class Args:
     eval_every: int = 100
     """steps between evaluations"""
     batch_size: int = 512
-    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
+    """samples per gradient step (of an ensemble: per member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
@@ -250,7 +250,7 @@ def check_args(args: Args) -> None:
     zero = {"seed": 0, "weight_decay": 0, "input_noise": 0}
     check_fields(args, dict.fromkeys(one.split(), 1) | zero | {"initial_steps": 2})
     require(0 < args.holdout_ratio < 1, f"--holdout-ratio must lie between 0 and 1, got {args.holdout_ratio}")
-    check_data_paths(args.data, args.save_data)
+    check_data_paths(None if args.resume else args.data, args.save_data)
     require_package("matplotlib", "drawing the pictures")
 
 
@@ -264,15 +264,17 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
     return POSITIONS.get(env.spec.id, 0) if env.spec else 0
 
 
-def free_angles(env: gym.Env[Any, Any]) -> list[int]:
-    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn."""
+def free_angles(env: gym.Env[Any, Any], obs: np.ndarray) -> list[int]:
+    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn.
+
+    `obs` is what the environment shows now. Where all joints are at 0 nobody can tell, and no angle is found."""
     task: Any = env.unwrapped
-    if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
+    model: Any = getattr(task, "model", None)
+    positions = getattr(getattr(task, "data", None), "qpos", None)
+    if not hasattr(model, "jnt_type") or positions is None or not np.any(positions) or len(obs) < len(positions):
         return []
-    model, positions = task.model, np.array(task.data.qpos)
-    seen = np.ravel(task._get_obs())[: len(positions)]
-    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
-        return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
+    if not np.allclose(obs[: len(positions)], positions, atol=1e-6):
+        return []  # the observation does not begin with the joints' positions
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
     return [int(address) for address in model.jnt_qposadr[free]]
@@ -280,13 +282,14 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
         if hidden_positions(env):
+            env.close()
             env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
     except Exception as error:  # an environment's own code raises what it likes
         fail(f"--env-id {env_id}: {error}")
@@ -302,7 +305,7 @@ def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
 
-    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    Restoring resets and replays, which is exact where all randomness is `np_random` and a reset forgets all else.
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -319,8 +322,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         space: Any = self.action_space
         action = np.array(action, space.dtype)  # what is stored is what was done
-        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
-        self.actions.append(action)
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounding to float32 may leave the bounds
+        self.actions.append(action.copy())  # an environment may change the one it is given
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -369,12 +372,14 @@ class VectorEnv:
     def state_dict(self) -> dict[str, Any]:
         rng = self.action_space.np_random.bit_generator.state
         envs = [env.state_dict() for env in self.envs]
-        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode), "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
 def has_known_reward(env: gym.Env[Any, Any]) -> bool:
@@ -453,16 +458,23 @@ def split_episodes(episode: Tensor, holdout_ratio: float, seed: int) -> tuple[Te
     """Row numbers of the training and the held-out transitions, each in order of episode and time.
 
     Whole episodes are held out: neighbouring transitions are nearly equal, so that single held-out rows would test
-    memory, not generalisation. Where even one is more than was asked for, its last part is held out.
+    memory, not generalisation. Where these come to less than half of what was asked for, the last part of the longest
+    one is held out instead.
     """
     order = torch.sort(episode, stable=True).indices
     episodes, counts = episode.unique(return_counts=True)
-    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(episode.device)
-    chosen = counts[shuffled].cumsum(0) <= holdout_ratio * len(episode)
-    held_out = torch.isin(episode[order], episodes[shuffled[chosen]])
-    if not chosen.any():
-        held_out = episode[order] == episodes[shuffled[0]]
-        held_out &= held_out.cumsum(0) > counts[shuffled[0]] - max(int(holdout_ratio * len(episode)), 1)
+    shuffled = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths, wanted = counts.tolist(), max(int(holdout_ratio * len(episode)), 1)
+    chosen, held = [], 0
+    for index in shuffled:
+        if held + lengths[index] <= wanted:  # else the next one may be shorter
+            chosen.append(index)
+            held += lengths[index]
+    held_out = torch.isin(episode[order], episodes[chosen])
+    if held < wanted / 2:
+        longest = max(shuffled, key=lambda index: lengths[index])
+        held_out = episode[order] == episodes[longest]
+        held_out &= held_out.cumsum(0) > lengths[longest] - wanted
     return order[~held_out], order[held_out]
 
 
@@ -604,6 +616,7 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        nll = torch.where(self.target_normaliser.std > 0, nll, 0)  # what never moves would drag the bounds down
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
         bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
         return nll.mean(dim=(1, 2)) + bounds
@@ -862,8 +875,8 @@ class Checkpointer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
         torch.set_rng_state(checkpoint["rng"])
-        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def save(self) -> None:
         now = time.perf_counter()
@@ -871,7 +884,7 @@ class Checkpointer:
         self.started = now
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)}
         save_file(self.run_dir / "checkpoint.pt", state)
 
     def step(self, due: bool) -> None:
@@ -1024,7 +1037,7 @@ def main(args: Args) -> dict[str, float]:
     config |= {"ensemble_size": args.ensemble_size, "num_layers": args.num_layers, "hidden_size": args.hidden_size}
     config |= {"activation": args.activation, "probabilistic": args.probabilistic}
     config |= {"learn_reward": args.reward == "learned" or not known}
-    config |= {"angles": free_angles(envs.envs[0]) if args.wrap_angles else []}
+    config |= {"angles": free_angles(envs.envs[0], envs.obs[0]) if args.wrap_angles else []}
     model = make_model(config).to(device)
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
 

@@ -40,11 +40,12 @@ Pseudocode:
 
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
-        fit the ensemble on the whole buffer (train_steps more gradient steps, see mbrl_dynamics.py)
+        fit the ensemble on the whole buffer (train_steps more gradient steps: squared error of the normalised s' - s)
         fit V by equation 4 (as many gradient steps; --terminal-value)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
-            μ, kept elites <- last step's, shifted by one;  σ <- start_std;  e <- the episode's own (--thompson)
+            μ, kept elites <- last step's, shifted by one (in a new episode: the middle of the bounds)
+            σ <- start_std;  e <- the episode's own member (--thompson)
             for i = 1 .. cem_iterations:  equations 1, 2, 3, for all environments, members and candidates at once
             s <- environment step with the first action; buffer <- buffer + transition
 
@@ -62,12 +63,13 @@ So while collecting (--thompson) each environment plans with one member alone, w
 where they disagree, different things are tried. A candidate is rolled out once then and not E times, so that E times as
 many can be tried in the same time.
 
-Not every task goes at HalfCheetah's pace, 50 ms a step. Where a step takes less than 20 ms (Hopper, Walker2d, Humanoid)
-the defaults are --horizon 20, --noise-beta 1, --gamma 0.992 and --reset-every 625: plans of more steps, noise that is
-slow enough to move a body, and a V and episodes of about as many seconds; and --num-values 5, for the plans of a body
-that can fall end where no V has been, and one V alone promises too much there. Where an episode has at most 200 steps
-(Reacher, Pusher: to get somewhere, not to run) they are --horizon 20, --noise-beta 2 and --reset-every None: a hand
-that moves smoothly, to somewhere that is farther than a few steps; and beginnings abound.
+Not every task goes at HalfCheetah's pace, 50 ms a step, which --help shows the defaults of. Where a step takes less
+than 20 ms (Hopper, Walker2d, Humanoid) the defaults are --horizon 20, --noise-beta 1, --gamma 0.992 and --reset-every
+625: plans of more steps, noise that is slow enough to move a body, and a V and episodes of about as many seconds; and
+--num-values 5, for the plans of a body that can fall end where no V has been, and one V alone promises too much there.
+Where an episode has at most 200 steps (Reacher, Pusher: to get somewhere, not to run) they are --horizon 20,
+--noise-beta 2 and --reset-every None: a hand that moves smoothly, to somewhere that is farther than a few steps; and
+beginnings abound.
 
 The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
 
@@ -83,9 +85,10 @@ The refinements, each a flag, each with its reason (all but the bounded sampling
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and cut the Gaussian off at 2σ (PETS): no pile of
                         samples on the bounds
-    --execute           the mean smooths over what the model got wrong; the best trusts it to the letter
+    --execute           mean smooths over what the model got wrong; best takes the winning sequence as it is
 
-The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1, nothing remembered) is
+The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1, nothing remembered) is, but for the
+elites of equation 3,
 
     python mpc_cem.py --start uniform --num-elites 5 --cem-alpha 1 --noise-beta 0 --keep-elites 0 --no-shift-plan \
         --candidate-decay 1 --no-mean-candidate --num-candidates 1_000 --horizon 15 --ensemble-size 3 \
@@ -127,11 +130,10 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/predicted_return       what the last elites (with --execute best: the best of them) promised (equation 2), mean
-                                over the steps whose horizon was lived
+                                over the steps after which the episode lasted for a whole horizon, or fell
     eval/realised_return        what the environment paid over the same horizons, and the value of where that led; below
-                                the promise: the model is fooled, or leads V to where nothing leads (V's own errors,
-                                which are in both, do not show)
-    eval/elite_std              std of the final elites in half-ranges; near 0: the search has converged
+                                the promise: plans make use of the model's errors, or end where V is wrong
+    eval/elite_std              std of the final elites, as drawn, in half-ranges; near 0: the search has converged
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/value_loss            the same of (1 - γ) V (in units of the reward's variance; with --terminal-value)
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
@@ -214,7 +216,7 @@ class Args:
     checkpoint_every: int = 5_000
     """steps between checkpoints: of the environment, and gradient steps in a long fit"""
     resume: str | None = None
-    """run folder to continue, with its own settings; what would make it another run may not be given anew"""
+    """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
     """only evaluate the run given by --resume; of a finished one: its last evaluation again, on the same seeds"""
     env_id: str = "HalfCheetah-v5"
@@ -224,7 +226,7 @@ class Args:
 
     # Data
     num_envs: int = 5
-    """environments stepped in parallel"""
+    """environments stepped side by side"""
     initial_steps: int = 5_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     reset_every: int | None = 100
@@ -240,7 +242,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before the last"""
     data: str | None = None
-    """file of transitions (of --save-data) to use instead of collecting any"""
+    """file of transitions (of --save-data) to begin with, instead of random steps"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 
@@ -262,7 +264,7 @@ class Args:
     train_steps: int = 1_500
     """gradient steps per fit"""
     batch_size: int = 256
-    """samples in the batch of each gradient step (where that is an ensemble's: of each member)"""
+    """samples per gradient step (of an ensemble: per member)"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     weight_decay: float = 0.0
@@ -403,15 +405,17 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
     return POSITIONS.get(env.spec.id, 0) if env.spec else 0
 
 
-def free_angles(env: gym.Env[Any, Any]) -> list[int]:
-    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn."""
+def free_angles(env: gym.Env[Any, Any], obs: np.ndarray) -> list[int]:
+    """Dimensions of the observation that are angles of MuJoCo joints without limits: they grow with each turn.
+
+    `obs` is what the environment shows now. Where all joints are at 0 nobody can tell, and no angle is found."""
     task: Any = env.unwrapped
-    if not all(hasattr(task, name) for name in ("model", "data", "_get_obs")):
+    model: Any = getattr(task, "model", None)
+    positions = getattr(getattr(task, "data", None), "qpos", None)
+    if not hasattr(model, "jnt_type") or positions is None or not np.any(positions) or len(obs) < len(positions):
         return []
-    model, positions = task.model, np.array(task.data.qpos)
-    seen = np.ravel(task._get_obs())[: len(positions)]
-    if not positions.any() or seen.shape != positions.shape or not np.allclose(seen, positions):
-        return []  # the observation does not begin with the joints' positions, or nobody can tell before a reset
+    if not np.allclose(obs[: len(positions)], positions, atol=1e-6):
+        return []  # the observation does not begin with the joints' positions
     hinge = 3  # mujoco.mjtJoint.mjJNT_HINGE
     free = (model.jnt_type == hinge) & ~model.jnt_limited.astype(bool)
     return [int(address) for address in model.jnt_qposadr[free]]
@@ -419,13 +423,14 @@ def free_angles(env: gym.Env[Any, Any]) -> list[int]:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # else its complaint about Gymnasium's half-cheetah comes once for each one
+    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
     try:
         env = gym.make(env_id, **kwargs)
         if hidden_positions(env):
+            env.close()
             env = gym.make(env_id, exclude_current_positions_from_observation=False, **kwargs)
     except Exception as error:  # an environment's own code raises what it likes
         fail(f"--env-id {env_id}: {error}")
@@ -466,7 +471,7 @@ def check_horizon(args: Args, env: gym.Env[Any, Any]) -> None:
 class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that fits in a checkpoint: how its episode was seeded, and every action since.
 
-    Restoring resets and replays, which is exact for any environment whose only randomness is `np_random`.
+    Restoring resets and replays, which is exact where all randomness is `np_random` and a reset forgets all else.
     """
 
     def __init__(self, env: gym.Env[Any, Any]):
@@ -483,8 +488,8 @@ class Replayable(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         space: Any = self.action_space
         action = np.array(action, space.dtype)  # what is stored is what was done
-        action = np.minimum(np.maximum(action, space.low), space.high)  # rounded bounds may lie outside the bounds
-        self.actions.append(action)
+        action = np.minimum(np.maximum(action, space.low), space.high)  # rounding to float32 may leave the bounds
+        self.actions.append(action.copy())  # an environment may change the one it is given
         obs, reward, terminated, truncated, info = super().step(action)
         self.episodic_return += float(reward)
         return obs, float(reward), terminated, truncated, info
@@ -533,12 +538,14 @@ class VectorEnv:
     def state_dict(self) -> dict[str, Any]:
         rng = self.action_space.np_random.bit_generator.state
         envs = [env.state_dict() for env in self.envs]
-        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode)}
+        return {"envs": envs, "rng": rng, "episode": torch.from_numpy(self.episode), "obs": torch.from_numpy(self.obs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
+        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
 def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -589,11 +596,9 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
     """Try the environment's own batch_reward and batch_terminated before they are planned with."""
     task: Any = env.unwrapped
     name = env.spec.id if env.spec else type(task).__name__
-    found = [part for part in ("batch_reward", "batch_terminated") if callable(getattr(task, part, None))]
-    require(
-        len(found) != 1, f"{name} has {found[0] if found else ''} but not both of batch_reward and batch_terminated"
-    )
-    if not found:
+    has = [callable(getattr(task, part, None)) for part in ("batch_reward", "batch_terminated")]
+    require(has[0] == has[1], f"{name} must have both of batch_reward and batch_terminated, or neither")
+    if not any(has):
         return
     sizes = [gym.spaces.flatdim(space) for space in (env.observation_space, env.action_space)]
     obs, action = (torch.zeros(2, 3, size) for size in sizes)
@@ -604,6 +609,7 @@ def check_own_formulas(env: gym.Env[Any, Any]) -> None:
         except Exception as error:  # an environment's own code raises what it likes
             fail(f"{name}: {part} failed on zeros, (2, 3, D): {error}")
         require(shape == (2, 3), f"{name}: {part} of (2, 3, D) must be a tensor (2, 3), it is {shape}")
+    require(found.dtype == torch.bool, f"{name}: batch_terminated must be of dtype bool, it is {found.dtype}")
 
 
 def known_formulas(env: gym.Env[Any, Any]) -> tuple[RewardFn, TerminatedFn] | None:
@@ -734,7 +740,7 @@ def first_data(
 
 
 def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: ReplayBuffer) -> None:
-    """Warn when what is planned for is not what the environment pays."""
+    """Warn when what is planned for is not what the environment pays, or when it ends elsewhere."""
     if formulas:
         rows = slice(0, buffer.size)
         known = formulas[0](buffer.obs[rows], buffer.action[rows], buffer.next_obs[rows])
@@ -742,6 +748,9 @@ def compare_with_paid(formulas: tuple[RewardFn, TerminatedFn] | None, buffer: Re
         if not error <= 0.1 * spread + 1e-4:
             words = f"{error:.3g} off what the environment paid, on average over {buffer.size} steps"
             print(f"warning: the reward by formula is {words} (spread {spread:.3g})", file=sys.stderr)
+        wrong = (formulas[1](buffer.next_obs[rows]) != buffer.terminated[rows].bool()).sum().item()
+        if wrong:
+            print(f"warning: the end by formula is wrong in {wrong} of {buffer.size} steps", file=sys.stderr)
 
 
 class Normaliser(nn.Module):
@@ -1055,7 +1064,7 @@ def cem(
     """
     B, H, A = mean.shape
     half = (high - low) / 2
-    # What (1 - α) σ² of equation 3 means in the first iteration; a uniform distribution has a standard deviation, too.
+    # The σ² that equation 3 starts from; that of a uniform distribution is a third of the half-range squared.
     var = (half * (3**-0.5 if args.start == "uniform" else args.start_std)).square().expand(B, H, A)
     noise_filter = coloured_filter(H, args.noise_beta, obs.device)
     for iteration in range(args.cem_iterations):
@@ -1107,6 +1116,8 @@ class Planner:
         action, promise, mean, elites, spread = (part.clone() for part in found)  # a CUDA graph overwrites its outputs
         if self.args.shift_plan:
             self.mean = shift(mean)
+            if self.args.bounded_sampling:  # at a bound no spread is left: a copy would stay there for ever
+                self.mean[:, -1] = self.middle[-1]
         self.kept = shift(elites[:, : self.kept.shape[1]])
         self.spread, self.plans = self.spread + spread, self.plans + 1
         return action, promise
@@ -1156,8 +1167,8 @@ def simulated_returns(
 
 
 def can_simulate(env: gym.Env[Any, Any], reward_fn: RewardFn) -> bool:
-    """Does the observation begin with joint positions and velocities, as they are, and is the reward a function of
-    these? Ten random steps tell."""
+    """Does the observation begin with joint positions and velocities, as they are, is the reward a function of these,
+    and are actions the motors' own signals? Ten random steps tell."""
     task: Any = env.unwrapped
     if not all(hasattr(task, name) for name in ("model", "data", "frame_skip", "_get_obs")):
         return False
@@ -1171,6 +1182,7 @@ def can_simulate(env: gym.Env[Any, Any], reward_fn: RewardFn) -> bool:
         rows = [np.concatenate([each[:size], 0 * each[size:]]) for each in (obs, next_obs)]
         known = reward_fn(*(torch.as_tensor(each).float() for each in (rows[0], action, rows[1]))).item()
         same = np.allclose(next_obs[:size].clip(-10, 10), state.clip(-10, 10))  # some tasks clip velocities
+        same &= np.shape(task.data.ctrl) == action.shape and np.allclose(task.data.ctrl, action, atol=1e-6)
         if not same or abs(known - float(paid)) > 0.1:  # contacts cost Ant a little
             return False
         obs = next_obs
@@ -1286,7 +1298,7 @@ def write_video(frames: list[Any], path: Path, fps: int) -> None:
 def describe(metrics: dict[str, float], returns: list[float]) -> str:
     mean, std = metrics["eval/episodic_return"], metrics["eval/episodic_return_std"]
     each = ", ".join(f"{value:.0f}" for value in returns[:20]) + ", .." * (len(returns) > 20)
-    return f"return {mean:.1f} ± {std:.1f} ({each})"
+    return f"return {mean:.1f} ± {std:.1f} ({each})" if len(returns) > 1 else f"return {mean:.1f}"
 
 
 def describe_plans(metrics: dict[str, float]) -> str:
@@ -1322,7 +1334,7 @@ def evaluate(
             next_obs, reward, over = envs.step(action.cpu().numpy())
             planner.reset(envs.episode != episode)
             promised.append(promise.cpu().numpy())
-            rewards.append(reward * alive[-1])  # after its first episode an environment is only kept company
+            rewards.append(np.where(alive[-1], reward, 0))  # after its first episode it is only kept company
             terminated.append(over & alive[-1])
             alive.append(alive[-1] & (envs.episode == episode))
             with torch.no_grad():
@@ -1426,8 +1438,8 @@ class Checkpointer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.run_dir}: its checkpoint does not fit its settings ({error})")
         torch.set_rng_state(checkpoint["rng"])
-        if torch.cuda.is_available() and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def save(self) -> None:
         now = time.perf_counter()
@@ -1435,7 +1447,7 @@ class Checkpointer:
         self.started = now
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"script": SCRIPT, "progress": self.progress, "rng": torch.get_rng_state()}
-        state |= {"cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)}
         save_file(self.run_dir / "checkpoint.pt", state)
 
     def step(self, due: bool) -> None:
@@ -1562,6 +1574,7 @@ def fit_model(
         read = save or last or checkpointer.signal > 0 or step % 50 == 0  # not at every step: it makes a GPU wait
         if read:
             found = {"model/train_loss": loss, "model/value_loss": value_loss}
+            found |= {f"V's {name}": weight for name, weight in value.named_parameters()} if value else {}
             check_finite(found, model, step, checkpointer.run_dir)
         if last:
             losses = {"model/train_loss": loss.mean().item()}
@@ -1629,8 +1642,9 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
     early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
     require(fitted or not args.eval_only, early)
-    over = progress["evaluated"] and done == args.num_iterations
-    as_before = args.eval_only or args.eval_episodes == load_args(str(run_dir)).eval_episodes
+    episodes = load_args(str(run_dir)).eval_episodes
+    over = progress["evaluated"] == episodes and done == args.num_iterations
+    as_before = args.eval_only or args.eval_episodes == episodes
     idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"
     require(as_before or not over, idle)
 
@@ -1660,7 +1674,7 @@ def main(args: Args) -> dict[str, float]:
     learned = checkpoint is None or "value" in checkpoint or not args.terminal_value
     require(learned, f"--terminal-value: {args.resume} has learned no value")
     buffer, first_steps = first_data(args, checkpoint, envs, device)
-    angles = free_angles(envs.envs[0]) if args.wrap_angles else []
+    angles = free_angles(envs.envs[0], envs.obs[0]) if args.wrap_angles else []
     make_model = partial(
         Ensemble, obs_dim, action_dim, num_layers=args.num_layers, hidden_size=args.hidden_size,
         activation=args.activation, learn_reward=formulas is None, skip=hidden_positions(envs.envs[0]), angles=angles,
@@ -1673,7 +1687,7 @@ def main(args: Args) -> dict[str, float]:
     value_optimizer = torch.optim.Adam(value.mlp.parameters(), args.learning_rate) if value else None
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
-    progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": False, "seconds": 0.0, "metrics": {}}
+    progress: dict[str, Any] = {"iteration": 0, "fit_step": 0, "evaluated": 0, "seconds": 0.0, "metrics": {}}
     progress |= {"first_steps": first_steps, "fitted": 0, "dtype": args.planner_dtype}
     if args.planner_dtype == "auto":  # measured once: a resumed run goes on with what it began with
         progress["dtype"] = checkpoint["progress"]["dtype"] if checkpoint else faster_dtype(device)
@@ -1720,24 +1734,24 @@ def main(args: Args) -> dict[str, float]:
             refresh(fast, model)
             collected = iteration * args.steps_per_iteration
             due = last or collected % args.eval_every < args.steps_per_iteration
-            if due and not progress["evaluated"]:
+            episodes = args.eval_episodes if last else args.interim_episodes
+            if due and progress["evaluated"] != episodes:
                 checkpointer.save()
                 video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
-                episodes = args.eval_episodes if last else args.interim_episodes
                 progress["metrics"], returns = evaluate(
                     args, make_planner, episodes, device, video, checkpointer.leave, value
                 )
                 log.scalars(progress["metrics"], buffer.size)
                 found = describe(progress["metrics"], returns) + describe_plans(progress["metrics"])
                 print(f"iteration {iteration}, {buffer.size} steps: {found}", flush=True)
-                progress["evaluated"] = True
+                progress["evaluated"] = episodes
                 checkpointer.save()
             if last:
                 break
             target = progress["first_steps"] + collected + args.steps_per_iteration
             collect(args, envs, buffer, planner, target, log, checkpointer, choose_members)
             log.scalars(novelty(model, buffer, progress["fitted"]), buffer.size)
-            progress.update(iteration=iteration + 1, fit_step=0, evaluated=False)
+            progress.update(iteration=iteration + 1, fit_step=0, evaluated=0)
         if args.save_data:
             save_file(Path(args.save_data), {"env_id": args.env_id, **buffer.columns()})
         checkpointer.save()

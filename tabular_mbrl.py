@@ -25,22 +25,22 @@ claimed with probability 1 - δ, for any π, even one that was chosen from the c
 
     (1) V = V̂^π, through rows:  ‖(P - P̂) V̂^π‖∞ ≤ max ‖P - P̂‖₁ / (1-γ),  max ‖P - P̂‖₁ ≤ √(4 S log(S A / δ) / N)      true
                                 (the largest ‖P(·|s, a) - P̂(·|s, a)‖₁ of any pair)
-    (2) V = V̂^π, by Hoeffding:  ‖(P - P̂) V̂^π‖∞ ≤ √(2 log(2 S A / δ) / N) / (1-γ)                     the argument fails
+    (2) V = V̂^π, by Hoeffding:  ‖(P - P̂) V̂^π‖∞ ≤ √(2 log(2 S A / δ) / N) / (1-γ)                                  false
     (3) V = V*, by Hoeffding:   the same bound                                                                  true
     (4) V = V̂*, by Hoeffding:   the same bound                                                      the argument fails
 
     Proof of (1). Weissman: P(‖p - p̂‖₁ ≥ ε) ≤ 2^S exp(-N ε² / 2) for one row; over S A rows the sum of these is δ at
     ε² = 2 (S log 2 + log(S A / δ)) / N, which is at most 4 S log(S A / δ) / N from two states on. It holds for all V at
     once, so also for one that was computed from the counts. Up to S log(S A / δ) samples the bound on rows says nothing
-    (no two differ by more than 2), up to four times as many the one on values (they differ by at most 1/(1-γ)): 134 and
-    535 with the defaults.
+    (no two differ by more than 2), up to four times as many the one on values (they differ by at most 1/(1-γ)): 133 and
+    534 with the defaults.
     Proof of (3). V* is fixed before any sample is drawn, so each entry of P̂ V* is a mean of N independent numbers in
     [0, 1/(1-γ)], and Hoeffding's inequality with a union over S A rows gives half the bound that is claimed.
-    Why (2) and (4) fail. An entry of P̂ V̂ is the average of N numbers V̂(s'_i). V̂ was computed from the counts, so
-    each of them depends on all samples: they are not independent, and the expectation of their average need not be
-    P V̂. Hoeffding does not apply. For (4), and for (2) with a π that is fixed before the data, a longer argument
-    (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate. For (2) with a π that may depend on the
-    counts no argument can: the counterexample.
+    Why the argument fails for (2) and (4). An entry of P̂ V̂ is the average of N numbers V̂(s'_i). V̂ was computed
+    from the counts, so each of them depends on all samples: they are not independent, and the expectation of their
+    average need not be P V̂. Hoeffding does not apply. For (4), and for (2) with a π that is fixed before the data, a
+    longer argument (leave-one-out: Agarwal, Kakade and Yang 2020) gives nearly the same rate. For (2) with a π that may
+    depend on the counts no argument can: the counterexample.
 
     Counterexample to (2). N + 1 states, two actions. State 0 leads to one of the N others, all equally likely; those
     stay where they are for ever, and are worth 1/(1-γ) if π takes its good action there and 0 if not. Choose π after

@@ -578,6 +578,10 @@ def test_demonstrations_that_cannot_be(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         bc.main(tiny(tmp_path, num_episodes=1, max_episode_steps=1))
     assert exit.value.code == 2 and "one transition" in capsys.readouterr().err
+    narrow = bc.Demonstrations(torch.zeros(9, 3), torch.tensor([[500.0, 1.5]] * 9), torch.zeros(9), 1.0)
+    with pytest.raises(SystemExit):  # half as much again as the second may be, and little beside the first
+        bc.check_demonstrations(narrow, "X-v0", torch.zeros(2), torch.tensor([1000.0, 1.0]))
+    assert "by up to 0.5" in capsys.readouterr().err
     expert = torch.load(tmp_path / "expert.pt", weights_only=True)
     expert["actor"]["fc2.weight"][0, 0] = torch.nan
     torch.save(expert, tmp_path / "expert.pt")

@@ -718,6 +718,21 @@ def test_a_finished_run_is_not_resumed_to_be_shorter_or_evaluated_at_greater_len
     assert script.main(script.parse_args(more))["eval/episodic_return"]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_evaluation_in_between_is_not_the_last_one(script, tmp_path, monkeypatch):
+    """Killed after an evaluation of one episode, and resumed to end there: the last one has two."""
+    args = tiny(script, tmp_path, num_iterations=3, interim_episodes=1, eval_episodes=2)
+    collect, evaluate, seen = script.collect, script.evaluate, []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "collect", lambda *a: collect(*a) if a[3] is None else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    monkeypatch.setattr(script, "evaluate", lambda *a: seen.append(a[2]) or evaluate(*a))
+    script.main(script.parse_args(["--resume", str(run_dir), "--num-iterations", "1"]))
+    assert seen == [2]
+
+
 def test_what_was_not_learned_is_not_planned_with(tmp_path, capsys):
     _, run_dir = run(cem, tiny(cem, tmp_path, num_iterations=1, terminal_value=False))
     with pytest.raises(SystemExit) as exit:
@@ -914,6 +929,18 @@ def test_only_a_reward_of_the_joints_is_planned_with_in_the_simulator(right):
     upright = cem.known_formulas(env)[0]
     formula = upright if right else lambda obs, action, next_obs: upright(obs, action, next_obs) - 0.2
     assert cem.can_simulate(env, formula) == right
+    do = env.unwrapped.do_simulation  # a task that makes something else of its action
+    env.unwrapped.do_simulation = lambda ctrl, frames: do(0.4 * ctrl, frames)
+    assert not cem.can_simulate(env, formula)
+
+
+def test_a_plan_does_not_stay_at_a_bound_where_bounded_sampling_leaves_no_spread():
+    nothing = lambda obs, plans: torch.zeros(plans.shape[:2])  # noqa: E731
+    planner = cem.Planner(cem.Args(horizon=4, num_elites=2, bounded_sampling=True), nothing, LOW, HIGH, 2)
+    planner.mean = HIGH.expand(2, 4, A).clone()
+    for _ in range(4):
+        planner(torch.zeros(2, D))
+    assert (planner.mean < HIGH - 0.1).all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1039,6 +1066,10 @@ gym.register("Odd-v0", Odd)
 for name, formula in {"Honest-v0": lambda o, a, n: a[..., 0], "Other-v0": lambda o, a, n: a[..., 1]}.items():
     never = {"batch_terminated": lambda n: n[..., 0] > 1}
     gym.register(name, Paid, kwargs={"batch_reward": formula} | never)
+always = {"batch_terminated": lambda n: n[..., 0] > -1}
+gym.register("Ending-v0", Paid, kwargs={"batch_reward": lambda o, a, n: a[..., 0]} | always)
+number = {"batch_terminated": lambda n: 1.0 * (n[..., 0] > 1)}
+gym.register("Number-v0", Endless, kwargs={"batch_reward": RAISES["batch_reward"]} | number)
 gym.register("HalfKnown-v0", Endless, kwargs={"batch_reward": RAISES["batch_reward"]})
 gym.register("Column-v0", Endless, kwargs=COLUMN)
 gym.register("Numpy-v0", Endless, kwargs=NUMPY)
@@ -1056,7 +1087,7 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (rs, {"reward": "known"}, "no formula for Pendulum-v1"),
         (rs, {"num_envs": 40}, "--steps-per-iteration 20 is less than one step of --num-envs 40"),
         (rs, {"env_id": "Endless-v0", "max_episode_steps": None}, "it has no time limit"),
-        (pets, {"env_id": "HalfKnown-v0"}, "batch_reward but not both"),
+        (pets, {"env_id": "HalfKnown-v0"}, "both of batch_reward and batch_terminated, or neither"),
         (rs, {"env_id": "Column-v0"}, "batch_reward of (2, 3, D) must be a tensor (2, 3), it is (2, 3, 1)"),
         (rs, {"env_id": "Numpy-v0"}, "batch_reward of (2, 3, D) must be a tensor (2, 3), it is ndarray"),
         (cem, {"env_id": "Raises-v0"}, "batch_terminated failed on zeros"),
@@ -1070,6 +1101,7 @@ gym.register("Raises-v0", Endless, kwargs=RAISES)
         (cem, {"keep_elites": 1.5}, "--keep-elites"),
         (cem, {"true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
         (cem, {"env_id": "envs:Reacher7DoF-v0", "true_dynamics": True}, "--true-dynamics needs a MuJoCo task"),
+        (rs, {"env_id": "Number-v0"}, "batch_terminated must be of dtype bool, it is torch.float32"),
         (cem, {"start": "uniform", "shift_plan": False}, "--keep-elites 0"),
         (cem, {"noise_beta": 11.0}, "--noise-beta must be at most 10"),
         (cem, {"candidate_decay": 1e200}, "--candidate-decay must be at most 100"),
@@ -1092,11 +1124,13 @@ def test_bad_arguments(script, tmp_path, capfd, changes, words):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("env_id, told", [("Honest-v0", False), ("Other-v0", True)])
+@pytest.mark.parametrize("env_id, told", [("Honest-v0", None), ("Other-v0", "reward"), ("Ending-v0", "end")])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_reward_that_is_not_the_one_that_is_paid_is_noticed(script, env_id, told, tmp_path, capsys):
+def test_what_is_not_as_it_is_planned_with_is_noticed(script, env_id, told, tmp_path, capsys):
     script.main(tiny(script, tmp_path, env_id=env_id, num_iterations=1))
-    assert ("the reward by formula is" in capsys.readouterr().err) == told
+    errors = capsys.readouterr().err
+    for part in ("reward", "end"):
+        assert (f"the {part} by formula is" in errors) == (part == told)
 
 
 def test_actions_at_a_rounded_bound_are_within_the_bounds(tmp_path):

@@ -21,12 +21,12 @@ better than expected, by as much as their advantage A says:
     critic: (V(s_t) - target_t)²,   target_t = A_t + V(s_t) with the V before the update                            (3)
 
 Equation 2 is generalised advantage estimation (GAE): λ = 0 trusts the critic, λ = 1 what was really earned up to the
-end of the episode or batch, which is noisier. Equation 1 is exact for whole episodes with γ = 1 and λ = 1; else it pays
-for less noise with a bias. Done is terminated or truncated: at a time limit the sum over δ stops, but V of the state
-that was reached still counts. The end of a batch is such an end, too. `--gae-lambda None` is λ = 1, the return minus V,
-of which two parts can be left out: V (`--no-use-baseline`; the return then ends with the batch, which should hold whole
-episodes), and that an action answers only for what comes after it (`--no-reward-to-go`: it answers for all that was
-earned from the first step of the batch or episode on).
+end of the episode or batch, which is noisier. Equation 1 is exact for whole episodes that terminate, with γ = λ = 1;
+otherwise there is less noise, and some bias. Done is terminated or truncated: at a time limit the sum over δ stops, but
+V of the state that was reached still counts. The end of a batch is such an end, too. `--gae-lambda None` is λ = 1: then
+A is the return minus V, and two flags weaken it. `--no-use-baseline` leaves V out (the return then ends with the batch,
+which should hold whole episodes), and with `--no-reward-to-go` an action answers not only for what comes after it, but
+for all that was earned from the first step of the batch or episode on.
 
 Pseudocode:
 
@@ -41,15 +41,15 @@ off at ±10), and u in [-1, 1] stands for the range of the actions (outside it i
 environment). The means and spreads of observations are part of the policy: without them a saved policy is worth
 nothing. The spread of the returns is saved with it for those who train on.
 
-Expect 3,100 ± 550 on HalfCheetah-v5 after a million steps (five seeds), in 1.6 minutes on one core of a server from
-2023, and 1,000 on InvertedPendulum-v5 after 40,000 steps of 100,000 (`--total-timesteps 100_000`).
+Expect 3,100 ± 550 on HalfCheetah-v5 after a million steps (mean ± standard deviation of five seeds), in 1.6 minutes on
+one core of a server from 2023, and 1,000 on InvertedPendulum-v5 with `--total-timesteps 100_000`, after 40,000 of them.
 
 Usage:
 
     python a2c.py --env-id HalfCheetah-v5
     python a2c.py --env-id Ant-v5 --total-timesteps 1_000_000 --save-policy ant.pt      # `load_policy` reads it
     python a2c.py --env-id Pendulum-v1 --gae-lambda None --no-use-baseline --no-normalize-advantages \
-        --batch-size 3_200 --no-anneal                         # REINFORCE: noisy, 320,000 steps taught it nothing
+        --batch-size 3_200 --no-anneal --total-timesteps 320_000     # REINFORCE: so noisy that it learns nothing here
     python a2c.py --resume RUN_DIR                             # go on exactly where it stopped
     python a2c.py --resume RUN_DIR --eval-only                 # the evaluation of that run again
 
@@ -64,8 +64,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/policy_loss          equation 1's loss minus the entropy's bonus, of the last batch, as are the following
     losses/value_loss           equation 3 before its gradient steps, in units of the scaled rewards (with a baseline)
     losses/entropy              of the policy, in nats
-    losses/explained_variance   1 - var(target - V) / var(target); 1: V agrees with its targets, which are made of V
-                                themselves unless λ = 1 (with a baseline)
+    losses/explained_variance   1 - var(target - V) / var(target); 1: V agrees with its targets, which are partly
+                                made of V, the less the nearer λ is to 1 (with a baseline)
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environments
     time/share_updates          in advantages and gradient steps
@@ -137,7 +137,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False

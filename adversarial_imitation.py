@@ -26,17 +26,17 @@ Here r is what the discriminator says of a step:
 
     D = sigmoid(logit), trained by   -log D on the expert's steps   - log(1 - D) on the policy's                    (4)
     GAIL:   logit = h(s, a)                     r = -log(1 - D) = softplus(logit)                                   (5)
-    AIRL:   logit = f(s, a, s') - α log π(a|s)      r = f                                                           (6)
+    AIRL:   logit = f(s, a, s') - β log π(a|s)      r = f                                                           (6)
             f = g(s, a) + γ (1 - terminated) Φ(s') - Φ(s)                                                           (7)
 
-In AIRL the policy's own density is part of the discriminator, so that at the optimum f / α is the expert's log density
+In AIRL the policy's own density is part of the discriminator, so that at the optimum f / β is the expert's log density
 (its advantage), and g, if it did not see the action, a reward that could be used elsewhere. SAC is rewarded with f and
-not with f - α log π: its entropy term is the -α log π, and exp(f / α) is then what it plays. The paper has α = 1. Here
-the penalty keeps f from being much steeper than 1, so it cannot fall by much beside the expert's action, and with α = 1
-the entropy would outweigh it: noise would pay. It is SAC's own temperature, times the spread by which the rewards are
-divided, so that SAC makes the mean logit as large as it can. (With f / α - log π and α = 0.1, which has the same
-optimum, D was sure of nearly every step on HalfCheetah-v5: f is not steep, but f / α is.) In D log π, of actions scaled
-to [-1, 1], is kept within ±max(5, dimensions): the expert's actions may have hardly any density under another policy.
+not with f - β log π: its entropy term is the -β log π, and exp(f / β) is then what it plays. β is SAC's temperature α
+times the spread by which the rewards are divided, so that SAC makes the mean logit as large as it can. In the paper β
+is 1. Here the penalty keeps f from being much steeper than 1, so it cannot fall by much beside the expert's action, and
+with β = 1 the entropy would outweigh it: noise would pay. (With f / β - log π and β = 0.1, which has the same optimum,
+D was sure of nearly every step on HalfCheetah-v5: f is not steep, but f / β is.) In D log π is kept within ±max(5,
+dimensions): the expert's actions may have hardly any density under another policy.
 
 What happens after an episode has ended? If nothing is paid there, rewards that are positive (equation 5) teach it to
 stay alive, whatever the expert does, and rewards that may be negative teach it to end quickly. So an episode that has
@@ -79,7 +79,7 @@ Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-poli
 dataset, or a file of --save-data or a dict of `observations`, `actions`, `mean_reward` and, if you like, `episode`
 (whole numbers, an episode's rows in order; AIRL needs to know what follows what) and `terminated` (true in a row that
 ended its episode); all of a file is used, first random steps, too. A dict without `terminated` is taken for an expert
-whose episodes never end. Episodes that the expert plays here ended if they are short.
+whose episodes never end. An episode that the expert plays here counts as ended if it is shorter than the time limit.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -90,7 +90,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
-    losses/discriminator_loss   equation 4, mean over the steps since the last log, as are the following
+    losses/discriminator_loss   equation 4, mean over the gradient steps since the last log, as are the following
     losses/gradient_penalty     max(0, |∇ h| - 1)², or of f
     losses/expert_logit         of the expert's steps
     losses/policy_logit         of the policy's
@@ -101,7 +101,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     losses/actor_loss           equation 2: SAC's actor
     losses/alpha                temperature
     losses/entropy              -log π(a|s), of actions scaled to [-1, 1]
-    losses/qf_values            min Q of the batch
+    losses/qf_values            min_i Q_i, mean over the batch
     time/minutes                minutes since the beginning, over all sessions of a resumed run
     time/share_env              share of the time since the last log in acting and in the environment
     time/share_discriminator    in gradient steps of the discriminator
@@ -185,7 +185,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -203,7 +203,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (of --save-data) to begin with, instead of random steps"""
+    """file of transitions (of --save-data) to use instead of what would be collected first"""
     num_episodes: int = 10
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
 
@@ -488,7 +488,7 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
 
 
 def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
-    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    """Actions are scaled to [-1, 1], which is not possible where lowest and highest are the same."""
     require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
 
 
@@ -694,7 +694,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, x: Tensor, constant: float = 1.0) -> None:
-        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
+        """`constant`: the std that a dimension gets that does not vary; with 0, `inverse` returns its mean."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
         varies = std > 1e-6 * (1 + mean.abs())

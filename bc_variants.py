@@ -29,9 +29,10 @@ training, x is a little blurred (--input-noise); what acts and is measured is a 
 (--ema-decay).
 
 mse averages over modes, a gaussian as well, and the other three can keep them apart. Acting takes the best guess: f, or
-tanh(μ), or μ_k of the likeliest component, or what some noise is denoised to without adding more (so that diffusion is
-never one point), or the mean of the likeliest bin and its neighbours. With `--sample` it takes a sample; those of
-gaussian and gmm may spread wider than the expert, for their σ stays above 0.3 (before the tanh) and 0.1.
+tanh(μ), or μ_k of the likeliest component, or what some noise is denoised to without adding more (the first noise is
+still drawn), or the mean of the likeliest bin and its neighbours. With `--sample` it takes a sample; those of gaussian
+and gmm may spread wider than the expert, for their σ stays above 0.3 (before the tanh) and 0.1, and those of
+autoregressive are centres of bins.
 
 All of them drift: small errors lead to states in which the expert never was, and there the errors are larger. DAgger
 (Ross et al. 2011) asks the expert what it would have done where the policy went:
@@ -71,8 +72,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
     losses/train_loss           equation 1 to 5 on 10,000 training transitions at most; no two variants' losses compare
-    losses/holdout_loss         the same on held-out transitions. With --stop-after, the last losses of a fit are
-                                those that ended it, and the returns those of the weights that it goes back to
+    losses/holdout_loss         the same on held-out transitions. With --stop-after the last losses logged of a fit are
+                                of the weights that it ended with, the returns of the best, to which it goes back
     losses/action_error         mean of |what the policy does - the expert's action| there, in half-ranges
     charts/SPS                  gradient steps per second, the first ten left out
     charts/transitions          transitions in the data
@@ -82,7 +83,8 @@ Deviations: the policy of DAgger's last round is kept, not the best of all round
 guess; observations are standardised by the first round's training data in all rounds of DAgger; Adam goes on from one
 round to the next (with --stop-after a round begins with the averaged weights of the lowest held-out loss, and a new
 Adam); --weight-decay decays biases, too. An expert's recorded episodes have lengths of their own: with another
---max-episode-steps eval/expert_fraction compares what does not compare.
+--max-episode-steps eval/expert_fraction means nothing. Of diffusion policy there is the denoiser alone: it predicts one
+action, not a sequence; and a bin of equation 5 shares its weight with a neighbour, where Metz et al. have one bin.
 
 Papers: Pomerleau 1989 (cloning); Bishop 1994 (mixture density networks); Ho et al. 2020, DDPM, arXiv 2006.11239
 (equation 4, here predicting the clean action instead of the noise); Nichol and Dhariwal 2021, arXiv 2102.09672 (the
@@ -149,7 +151,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -165,7 +167,7 @@ class Args:
     minari_id: str | None = None
     """Minari dataset to clone instead of a rolled-out expert (pip install "minari[hdf5,hf]")"""
     data: str | None = None
-    """file of transitions (of --save-data) to begin with, instead of random steps"""
+    """file of transitions (of --save-data) to use instead of what would be collected first"""
     num_episodes: int = 20
     """episodes of the expert, or of the Minari dataset (of --data: all)"""
     dagger_rounds: int = 0
@@ -207,9 +209,9 @@ class Args:
     holdout_ratio: float = 0.1
     """share of the transitions held out, in whole episodes, to measure the model on"""
     stop_after: int | None = None
-    """end a fit after so many evaluations without a lower held-out loss; it ends with the lowest; None: neither"""
+    """end a fit after so many evaluations without a lower held-out loss, and go back to the lowest; None: never"""
     ema_decay: float = 0.999
-    """decay of the running mean of the weights that acts and is measured, at first i / (i + 10); 0: the weights"""
+    """decay of the averaged weights, which act and are measured (at first i / (i + 10)); 0: no averaging"""
     eval_every: int = 10_000
     """steps between evaluations"""
     eval_episodes: int = 20
@@ -440,7 +442,7 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
 
 
 def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
-    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    """Actions are scaled to [-1, 1], which is not possible where lowest and highest are the same."""
     require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
 
 
@@ -610,7 +612,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, x: Tensor, constant: float = 1.0) -> None:
-        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
+        """`constant`: the std that a dimension gets that does not vary; with 0, `inverse` returns its mean."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
         varies = std > 1e-6 * (1 + mean.abs())

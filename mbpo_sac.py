@@ -79,14 +79,14 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
     eval/critic_value           mean of min Q over the evaluation's states and actions
-    eval/critic_bias            the same minus what was earned from there on, discounted, and beyond the time limit the
-                                critic's own value. The critic values acting by samples, and their entropy, and not the
-                                mean's acting: compare the bias over time, not with 0
-    losses/qf_loss              equation 2, mean over the steps since the last log, as are the following
+    eval/critic_bias            the same minus the discounted return that followed (past the time limit: the critic's
+                                own value). The critic counts entropy and sampled actions, the evaluation does not:
+                                watch how the bias changes, not its sign
+    losses/qf_loss              equation 2, mean over the gradient steps since the last log, as are the following
     losses/actor_loss           equation 2
     losses/alpha                temperature
     losses/entropy              -log π(a|s), of actions scaled to [-1, 1]
-    losses/qf_values            min Q of the batch
+    losses/qf_values            min_i Q_i, mean over the batch
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) on held-out transitions, mean over the elites
     model/train_steps           gradient steps of the last fit
@@ -182,7 +182,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -520,7 +520,7 @@ def action_bounds(envs: VectorEnv, env_id: str, device: torch.device) -> tuple[T
 
 
 def check_ranges(low: Tensor, high: Tensor, env_id: str) -> None:
-    """Actions are scaled to [-1, 1], which one that cannot move has no place in."""
+    """Actions are scaled to [-1, 1], which is not possible where lowest and highest are the same."""
     require(bool((high > low).all()), f"--env-id {env_id}: an action has no range, it cannot be scaled")
 
 
@@ -704,7 +704,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, x: Tensor, constant: float = 1.0) -> None:
-        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
+        """`constant`: the std that a dimension gets that does not vary; with 0, `inverse` returns its mean."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
         varies = std > 1e-6 * (1 + mean.abs())

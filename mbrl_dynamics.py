@@ -25,8 +25,9 @@ or, with `--probabilistic`, as a Gaussian whose mean μ and log-variance λ are 
 
     loss_e = mean of (μ_e(x) - y)² exp(-λ_e(x)) + λ_e(x),           λ softly clamped to [λ_min, λ_max]         (3)
 
-plus 0.01 / E Σ (λ_max - λ_min), which keeps the learned bounds tight. Where the environment has no formulas for reward
-and termination they are learned too: the reward as one more dimension of y, the termination as a logit (cross-entropy).
+plus 0.01 / E Σ (λ_max - λ_min) over the dimensions, which keeps the learned bounds tight. Where the environment has no
+formulas for reward and termination they are learned too: the reward as one more dimension of y, the termination as a
+logit (cross-entropy).
 
 An ensemble of E such networks starts from different weights and sees different batches. Where data is plentiful the
 members agree; where it is not they disagree, and their spread tells a planner what the model does not know.
@@ -68,13 +69,13 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     charts/SPS                  gradient steps per second, the first ten left out as warm-up
     time/env_s                  seconds spent on collecting data
     time/train_s                seconds spent on gradient steps
-    model/train_loss            loss of equation 2 or 3 with all that is learned, mean over the members
+    model/train_loss            loss of equation 2 or 3 (and the cross-entropy, if learned), mean over the members
     model/holdout_mse           one-step MSE in normalised units on held-out episodes, mean over the members
     model/disagreement          std over the members of the same prediction, mean over held-out data and dimensions
     model/r2                    R² of the ensemble's mean one-step prediction, mean over dimensions that change
-    model/r2_{dim}              the same for one dimension of Δs; "nothing changes" scores about 0, perfect is 1
+    model/r2_{dim}              the same for one dimension of Δs; to predict its mean scores 0, perfect is 1
     model/reward_mse            error of the learned reward in units of its variance (learned reward only)
-    model/termination_accuracy  share of held-out steps whose termination is predicted (learned reward only)
+    model/termination_accuracy  share of held-out steps of which it is predicted rightly (learned reward only)
     model/open_loop_mse_{h}     error after h steps of open-loop prediction, in units of each dimension's variance
     model/open_loop_baseline_{h}  the same error for the prediction that nothing changes
     pictures/loss_curve         training loss and held-out error against gradient steps
@@ -147,7 +148,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     env_id: str = "HalfCheetah-v5"
@@ -159,7 +160,7 @@ class Args:
     initial_steps: int = 20_000
     """environment steps of the random policy, rounded up to a multiple of num_envs"""
     data: str | None = None
-    """file of transitions (of --save-data) to begin with, instead of random steps"""
+    """file of transitions (of --save-data) to use instead of what would be collected first"""
     save_data: str | None = None
     """file to write the collected transitions to"""
     holdout_ratio: float = 0.1
@@ -490,7 +491,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, x: Tensor, constant: float = 1.0) -> None:
-        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
+        """`constant`: the std that a dimension gets that does not vary; with 0, `inverse` returns its mean."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
         varies = std > 1e-6 * (1 + mean.abs())

@@ -129,7 +129,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and gradient steps in a long fit"""
+    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -157,7 +157,7 @@ class Args:
     interim_episodes: int = 2
     """episodes of the evaluations before the last"""
     data: str | None = None
-    """file of transitions (of --save-data) to begin with, instead of random steps"""
+    """file of transitions (of --save-data) to use instead of what would be collected first"""
     save_data: str | None = None
     """file to write the collected transitions to"""
 
@@ -634,7 +634,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def fit(self, x: Tensor, constant: float = 1.0) -> None:
-        """`constant`: the std of a dimension that has none; with 0 its inverse is the mean, whatever y is."""
+        """`constant`: the std that a dimension gets that does not vary; with 0, `inverse` returns its mean."""
         std, mean = torch.std_mean(x.double(), dim=0)  # (N, D); in double, or a large mean would drown a small std
         # What is left of a constant dimension is rounding, and dividing by it would blow that up: leave it alone.
         varies = std > 1e-6 * (1 + mean.abs())

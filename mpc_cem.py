@@ -29,8 +29,8 @@ The elites count as drawn and not as clipped, and var divides by J - 1: good act
 clipped ones are all alike, and σ would be gone before anything has been found (study hw6 with 50 candidates: 1,162, and
 713 with clipped elites and a division by J; seed 1 each).
 
-V is the discounted return that the episodes seen so far went on to earn. It is learned from all transitions (s, r, s')
-of the buffer; V̄ is the same network with a running mean of its weights:
+V is the discounted return of acting as in the episodes seen so far. It is learned from all transitions (s, r, s') of
+the buffer; V̄ is the same network with a running mean of its weights:
 
     minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
@@ -1272,14 +1272,14 @@ def promise_kept(
     (values (T, B) are those after each step), wherever the episode lasted that long."""
     horizon = min(args.horizon, len(rewards))
     discounts = args.gamma ** np.arange(horizon)
-    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, 0 * rewards]), horizon, axis=0)
-    realised = (windows * discounts).sum(axis=-1)[: len(rewards)]  # (T, B)
+    later = np.zeros((horizon - 1, rewards.shape[1]))  # after the last step there is nothing
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, later]), horizon, axis=0)  # (T, B, H)
+    realised = windows @ discounts  # (T, B)
     ends = np.where(np.logical_or.accumulate(terminated, axis=0), 0, values)
-    realised += args.gamma**horizon * np.concatenate([ends, 0 * ends])[horizon - 1 :][: len(ends)]
+    realised += args.gamma**horizon * np.concatenate([ends, later])[horizon - 1 :]
     # A plan that the time limit cut short was not given the time to keep its promise; one that fell was.
-    whole = alive & (
-        np.concatenate([alive, 0 * alive])[horizon - 1 :][: len(alive)].astype(bool) | terminated.any(axis=0)
-    )
+    lived = np.concatenate([alive, later > 0])[horizon - 1 :]
+    whole = alive & (lived | terminated.any(axis=0))
     if not whole.any():
         return {}
     return {

@@ -919,12 +919,12 @@ def promise_kept(
     """What plans promised (T, B) against the reward of the next H steps, wherever the episode lasted that long."""
     horizon = min(args.horizon, len(rewards))
     discounts = args.gamma ** np.arange(horizon)
-    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, 0 * rewards]), horizon, axis=0)
-    realised = (windows * discounts).sum(axis=-1)[: len(rewards)]  # (T, B)
+    later = np.zeros((horizon - 1, rewards.shape[1]))  # after the last step there is nothing
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([rewards, later]), horizon, axis=0)  # (T, B, H)
+    realised = windows @ discounts  # (T, B)
     # A plan that the time limit cut short was not given the time to keep its promise; one that fell was.
-    whole = alive & (
-        np.concatenate([alive, 0 * alive])[horizon - 1 :][: len(alive)].astype(bool) | terminated.any(axis=0)
-    )
+    lived = np.concatenate([alive, later > 0])[horizon - 1 :]
+    whole = alive & (lived | terminated.any(axis=0))
     if not whole.any():
         return {}
     return {

@@ -111,10 +111,10 @@ Usage:
     python mpc_cem.py --resume RUN_DIR --eval-only --true-dynamics    # is it the planner or the model?
     python mpc_cem.py --resume RUN_DIR --eval-only --num-candidates 300    # what would more candidates have earned?
 
-What to expect of the first command: a return of 4,600 after 10,000 environment steps, 5,600 after 20,000 and 6,600
-after 50,000, in 75 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
--162 after 7,000 steps and 7 minutes (seed 1; commits 3cab966 and 71f8e16, and 44e8d92). The returns of the first
-command and those of the cheetah with steps of 10 ms are of before elites counted as drawn.
+What to expect of the first command: a return of 4,500 after 10,000 environment steps and 6,535 ± 148 after 50,000
+(three seeds), in 80 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
+-162 after 7,000 steps and 7 minutes (seed 1). The returns of the cheetah with steps of 10 ms are of before elites
+counted as drawn.
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two

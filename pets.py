@@ -65,8 +65,8 @@ The planner of the authors' code for HalfCheetah, nineteen times the work at eac
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
         --horizon 30 --cem-iterations 5 --num-iterations 300 --initial-steps 1_000 --reset-every None
 
-Expect of the first command 4,100 to 5,700 from 10,000 steps on (up to 25,000, seed 1; the authors' 4,204 are after
-50,000), and five hours for 50,000 on one core of a server from 2023 whose other core is busy, too.
+Expect of the first command about 3,800 after 50,000 steps (seed 1; six of ten episodes earned 4,088 to 6,856, four 432
+to 1,523; the authors have 4,204 ± 789), in five hours on one core of a server from 2023 whose other core is busy, too.
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else

@@ -87,6 +87,10 @@ The refinements, each a flag, each with its reason (all but the bounded sampling
                         samples on the bounds
     --execute           mean smooths over what the model got wrong; best takes the winning sequence as it is
 
+Where steps are short (the cheetah below, 10,000 steps, seed 1) all of them earn 1,533. Without the shifted plan it is
+998: four iterations from the middle of the bounds do not get as far. With white noise it is 1,300, and with no elites
+kept 1,342, differences that another seed may turn round.
+
 The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1, nothing remembered) is, but for the
 elites of equation 3,
 
@@ -97,7 +101,8 @@ elites of equation 3,
         --no-terminal-value --gamma 1 --no-thompson
 
 On a cheetah with steps of 10 ms, looking further ahead by slower noise, a smaller model and no V earn 735 after 5,000
-steps and 1,751 after 25,000 (seed 1, commit 3e089bc; how much each of these is worth has not been measured):
+steps and 1,751 after 25,000 (seed 1, commit 3e089bc; how much the horizon, the model and V are worth has not been
+measured):
 
     python mpc_cem.py --env-id envs:PostureCheetah-v0 --horizon 20 --num-candidates 250 --noise-beta 1 --gamma 1 \
         --ensemble-size 3 --num-layers 2 --hidden-size 250 --no-terminal-value --no-thompson --reset-every None

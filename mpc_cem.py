@@ -88,8 +88,7 @@ The refinements, each a flag, each with its reason (all but the bounded sampling
     --execute           mean smooths over what the model got wrong; best takes the winning sequence as it is
 
 Where steps are short (the cheetah below, 10,000 steps, seed 1) all of them earn 1,533. Without the shifted plan it is
-998: four iterations from the middle of the bounds do not get as far. With white noise it is 1,300, and with no elites
-kept 1,342, differences that another seed may turn round.
+998, with white noise 1,300, and with no elites kept 1,342; another seed may turn the smaller differences round.
 
 The course's CEM (CS285 homework 4: uniform first iteration, five elites, α = 1, nothing remembered) is, but for the
 elites of equation 3,

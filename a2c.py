@@ -277,7 +277,7 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
+    if importlib.util.find_spec("mujoco"):  # or it complains of Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
@@ -618,7 +618,12 @@ def update(
     return losses
 
 
-# Differs: losses are all there is to diverge
+def weight_size(networks: nn.Module) -> dict[str, float]:
+    """Not finite if a weight is not: those of the last step no loss has seen."""
+    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+
+
+# Differs: losses and weights are all there is to diverge
 def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
     """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
     bad = [name for name, mean in means.items() if not math.isfinite(mean)]
@@ -978,10 +983,7 @@ def main(args: Args) -> dict[str, float]:
             )
             if log_now or eval_now or save or checkpointer.signal:
                 means = {name: loss.item() for name, loss in losses.items()}
-                weights = {
-                    "weights": torch.stack([weight.detach().norm() for weight in agent.parameters()]).sum().item()
-                }
-                check_losses(means | weights, step, run_dir)  # what has not been checked is not saved
+                check_losses(means | weight_size(agent), step, run_dir)  # what has not been checked is not saved
             if log_now:
                 log.scalars(means | watch.read(step), step)
             if eval_now:

@@ -359,7 +359,7 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
+    if importlib.util.find_spec("mujoco"):  # or it complains of Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
@@ -1091,11 +1091,15 @@ class DiscriminatorMeans(Means):
     )  # fmt: skip
 
 
+def weight_size(networks: nn.Module) -> dict[str, float]:
+    """Not finite if a weight is not: those of the last step no loss has seen."""
+    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+
+
 # Differs: losses and weights are all there is to diverge
 def check_losses(means: dict[str, float], networks: nn.Module, step: int, run_dir: Path) -> None:
     """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
-    weights = sum(weight.detach().norm() for weight in networks.parameters())  # the last step's, which no loss has seen
-    bad = [name for name, mean in (means | {"weights": float(weights)}).items() if not math.isfinite(mean)]
+    bad = [name for name, mean in (means | weight_size(networks)).items() if not math.isfinite(mean)]
     if bad:
         checkpoint = run_dir / "checkpoint.pt"
         last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"

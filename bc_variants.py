@@ -313,7 +313,7 @@ def hidden_positions(env: gym.Env[Any, Any]) -> int:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
+    if importlib.util.find_spec("mujoco"):  # or it complains of Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
@@ -1227,7 +1227,12 @@ def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], d
     return Demonstrations(*rows[:3], rows[3].mean().item())
 
 
-# Differs: losses are all there is to diverge
+def weight_size(networks: nn.Module) -> dict[str, float]:
+    """Not finite if a weight is not: those of the last step no loss has seen."""
+    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+
+
+# Differs: losses and weights are all there is to diverge
 def check_losses(means: dict[str, float], step: int, run_dir: Path) -> None:
     """A policy that has diverged is of no use, and must not overwrite its last good checkpoint."""
     bad = [name for name, mean in means.items() if not math.isfinite(mean)]
@@ -1285,8 +1290,7 @@ def train_round(
         due = step % args.eval_every == 0 or step == args.train_steps
         save = progress["step"] % args.checkpoint_every == 0
         if due or save or checkpointer.signal:  # what has not been checked is not saved
-            weights = torch.stack([weight.detach().norm() for weight in policy.parameters()]).sum().item()
-            check_losses({"losses/train_loss": loss.item(), "weights": weights}, progress["step"], run_dir)
+            check_losses({"losses/train_loss": loss.item()} | weight_size(policy), progress["step"], run_dir)
         if due:
             metrics = measure(average, data, train, test, args.sample)
             check_losses(metrics, progress["step"], run_dir)

@@ -391,7 +391,7 @@ def free_angles(env: gym.Env[Any, Any], obs: np.ndarray) -> list[int]:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
+    if importlib.util.find_spec("mujoco"):  # or it complains of Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
@@ -1165,6 +1165,11 @@ class Means:
         self.sums, self.count = state["sums"].to(self.sums), state["count"]
 
 
+def weight_size(networks: nn.Module) -> dict[str, float]:
+    """Not finite if a weight is not: those of the last step no loss has seen."""
+    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+
+
 def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step: int, run_dir: Path) -> None:
     """An agent that has diverged is of no use, and must not overwrite its last good checkpoint."""
     bad = [f"non-finite {name}" for name, mean in means.items() if not math.isfinite(mean)]
@@ -1640,9 +1645,8 @@ def main(args: Args) -> dict[str, float]:
                 minutes = (progress["seconds"] + time.perf_counter() - checkpointer.started) / 60
                 log.scalars(progress["metrics"] | {"time/minutes": minutes}, step)
                 tqdm.write(f"{step} steps: {describe(progress['metrics'], returns)}")
-            if save or checkpointer.signal:  # what has not been checked is not saved
-                weights = torch.stack([weight.detach().norm() for weight in agent.parameters()]).sum().item()
-                check_losses(means.read() | {"weights": weights}, buffer, args, step, run_dir)
+            if save or finished or checkpointer.signal:  # what has not been checked is not saved
+                check_losses(means.read() | weight_size(agent), buffer, args, step, run_dir)
             checkpointer.step(due=save or finished)
             watch.lap("time/share_other")
         bar.close()

@@ -353,7 +353,7 @@ def free_angles(env: gym.Env[Any, Any], obs: np.ndarray) -> list[int]:
 
 def make_env(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
     """One environment with a flat Box observation (positions kept, see POSITIONS) and a flat Box action."""
-    if importlib.util.find_spec("mujoco"):  # silence its complaint about Gymnasium's half-cheetah, once for each one
+    if importlib.util.find_spec("mujoco"):  # or it complains of Gymnasium's half-cheetah, once for each one
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(text, file=sys.stderr))
@@ -1462,7 +1462,7 @@ def main(args: Args) -> dict[str, float]:
             collected = iteration * args.steps_per_iteration
             due = last or collected % args.eval_every < args.steps_per_iteration
             episodes = args.eval_episodes if last else args.interim_episodes
-            if due and progress["evaluated"] != episodes:
+            if due and progress["evaluated"] != episodes:  # one in between is not the last one
                 checkpointer.save()
                 video = run_dir / "videos" / f"{buffer.size}.mp4" if args.capture_video else None
                 progress["metrics"], returns = evaluate(args, make_planner, episodes, device, video, checkpointer.leave)

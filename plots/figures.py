@@ -480,6 +480,7 @@ def glance_rows() -> list[dict[str, str]]:
 
 
 def write_glance() -> None:
+    """plots/glance.csv and its table."""
     table = glance_rows()
     if table:
         with (PLOTS / "glance.csv").open("w", newline="") as file:

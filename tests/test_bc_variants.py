@@ -670,3 +670,11 @@ def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(bc, "run_episodes", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         bc.main(replace(bc.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))
+
+
+def test_weights_that_have_diverged_are_not_saved(tmp_path, monkeypatch):
+    """Those of the last step, which no loss has seen."""
+    monkeypatch.setattr(bc, "weight_size", lambda networks: {"weights": torch.nan})
+    with pytest.raises(SystemExit, match="non-finite weights"):
+        bc.main(tiny(tmp_path))
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))

@@ -715,3 +715,12 @@ def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sac, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         sac.main(replace(sac.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))
+
+
+def test_weights_that_have_diverged_are_not_saved(tmp_path, monkeypatch):
+    """Those of the last step, which no loss has seen."""
+    assert math.isnan(sac.weight_size(torch.nn.ParameterList([torch.ones(2), torch.tensor([torch.nan])]))["weights"])
+    monkeypatch.setattr(sac, "weight_size", lambda networks: {"weights": math.nan})
+    with pytest.raises(SystemExit, match="non-finite weights"):
+        sac.main(tiny(tmp_path))
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))

@@ -254,7 +254,7 @@ def test_bad_arguments(tmp_path, capfd):
     for changes, words in (
         ({"num_particles": 7}, "--num-particles 7 must be a multiple of --ensemble-size 5"),
         ({"propagation": "both"}, "--propagation must be one of ts1, tsinf, expectation"),
-        ({"num_elites": 200}, "--num-elites 200 of --num-candidates 200"),
+        ({"num_elites": 100}, "--num-elites 100 of --num-candidates 100"),
         ({"start_std": 0.6}, "--start-std must lie in (0, 0.5], got 0.6"),
     ):
         with pytest.raises(SystemExit) as exit:

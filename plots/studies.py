@@ -772,7 +772,8 @@ STUDIES: tuple[Study, ...] = (
             ),
             Run(
                 name="short",
-                command="python pets.py --env-id HalfCheetah-v5 --horizon 20 --num-candidates 200 --num-elites 20",
+                command="python pets.py --env-id HalfCheetah-v5 --horizon 20 --num-candidates 200 --num-elites 20"
+                " --num-envs 1",
                 minutes=300,
                 label="20 steps ahead, 200 candidates",
                 reported="PETS 4204 ± 789",
@@ -782,7 +783,7 @@ STUDIES: tuple[Study, ...] = (
                 name="paper",
                 command="python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500"
                 " --num-elites 50 --num-particles 20 --cem-iterations 5 --num-iterations 2"
-                " --initial-steps 1_000 --reset-every None --eval-episodes 1 --interim-episodes 1",
+                " --initial-steps 1_000 --reset-every None --num-envs 1 --eval-episodes 1 --interim-episodes 1",
                 minutes=180,
                 label="the authors' planner, 2,000 steps",
             ),

@@ -65,13 +65,12 @@ The planner of the authors' code for HalfCheetah, 25 times the work at each step
     python pets.py --env-id HalfCheetah-v5 --propagation tsinf --num-candidates 500 --num-elites 50 --num-particles 20 \
         --cem-iterations 5 --num-iterations 300 --initial-steps 1_000 --reset-every None --num-envs 1
 
-A plan must see past a fall. HalfCheetah-v5 gains most in 20 of its steps by a somersault or a dive, and needs more than
-20 to get up from its back: with the true dynamics in the model's place a search over 20 steps stays there (100 steps
-earned 185, one start), and one over 30 is on its feet after 40 (429). With --horizon 20 --num-candidates 200
---num-elites 20 --num-envs 1 training ended at 3,794 (seed 1): six of ten episodes earned 4,088 to 6,856, and four that
-fell 432 to 1,523. So 30 steps ahead, as the authors have, with half the candidates, and five environments to collect
-in, for whose plans together a CPU takes seven tenths of the time; what these defaults earn is being measured. The
-authors report 4,204 ± 789 on their own cheetah.
+A plan must see past a fall. On its back HalfCheetah-v5 is stuck if a plan is too short: from one such start, with the
+true dynamics in the model's place, a search over 20 steps stays there (100 steps earned 185), and one over 30 is on its
+feet after 40 (429). With --horizon 20 --num-candidates 200 --num-elites 20 --num-envs 1 training ended at 3,794 (seed
+1): six of ten episodes earned 4,088 to 6,856, and four that fell 432 to 1,523. So 30 steps ahead, as the authors have,
+with half the candidates, and five environments to collect in, for whose plans together a CPU takes seven tenths of the
+time; what these defaults earn is being measured. The authors report 4,204 ± 789 on their own cheetah.
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else

@@ -34,6 +34,7 @@ the buffer; V̄ is the same network with a running mean of its weights:
 
     minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
+V begins anew with each model: it is old after a few thousand gradient steps, and worse to plan with from then on.
 With --num-values there are several V, each learned by itself, and equation 2 believes the one that promises least.
 
 Pseudocode:
@@ -41,7 +42,7 @@ Pseudocode:
     buffer <- initial_steps transitions of the random policy           (or --data)
     for iteration = 0 .. num_iterations - 1:
         fit the ensemble on the whole buffer (train_steps more gradient steps: squared error of the normalised s' - s)
-        fit V by equation 4 (as many gradient steps; --terminal-value)
+        fit a new V by equation 4 (as many gradient steps; --terminal-value)
         evaluate, first, last and every eval_every steps: whole episodes, side by side, on seeds of their own
         for steps_per_iteration steps, except after the last iteration:      (cut short now and then: reset_every)
             μ, kept elites <- last step's, shifted by one (in a new episode: the middle of the bounds)
@@ -895,31 +896,28 @@ class Value(nn.Module):
         self.input_normaliser, self.reward_normaliser = Normaliser(num_inputs), Normaliser(1)
         self.register_buffer("lowest", torch.zeros(()))
         self.register_buffer("highest", torch.zeros(()))
-        self.mlp = StackedMLP(num_values, [num_inputs, hidden_size, hidden_size, 1], activation)
+        self.shape = (num_values, [num_inputs, hidden_size, hidden_size, 1], activation)
+        self.mlp = StackedMLP(*self.shape)
         self.slow = copy.deepcopy(self.mlp)  # V̄: its weights are the running mean; targets and plans use this one
 
-    def data(self, buffer: ReplayBuffer, fit: bool) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def begin_anew(self, buffer: ReplayBuffer) -> None:
+        """Units and range of what the buffer holds, and a network that expects the mean reward for ever, or nearly."""
+        obs, reward = buffer.obs[: buffer.size], buffer.reward[: buffer.size]
+        self.input_normaliser.fit(self.see(obs, obs[:, :0]))
+        self.reward_normaliser.fit(reward[:, None])
+        self.lowest.copy_(reward.min().clamp(max=0) / (1 - self.gamma))  # an episode that has ended earns 0
+        self.highest.copy_(reward.max().clamp(min=0) / (1 - self.gamma))
+        fresh = StackedMLP(*self.shape).state_dict()
+        self.mlp.load_state_dict(fresh)
+        self.slow.load_state_dict(fresh)
+
+    def data(self, buffer: ReplayBuffer) -> dict[str, Tensor]:
         """The whole buffer as the network sees it."""
         rows = buffer.columns()
         obs, next_obs = (self.see(rows[name], rows[name][:, :0]) for name in ("obs", "next_obs"))
-        if fit:
-            self.input_normaliser.fit(obs)
-            self.fit_rewards(rows["reward"][:, None])
         data = {"obs": self.input_normaliser(obs), "next_obs": self.input_normaliser(next_obs)}
         return data | {"reward": rows["reward"][:, None], "goes_on": 1 - rows["terminated"][:, None]}
-
-    @torch.no_grad()
-    def fit_rewards(self, reward: Tensor) -> None:
-        """New units for the same rewards: the last layers are rescaled, so that these leave V what it was."""
-        mean, std = self.reward_normaliser.mean.clone(), self.reward_normaliser.std.clone()
-        self.reward_normaliser.fit(reward)
-        if torch.equal(self.lowest, self.highest):  # V has seen nothing yet: it begins near 0 as the rewards measure it
-            std = self.reward_normaliser.std
-        for net in (self.mlp, self.slow):
-            net.weights[-1] *= std / self.reward_normaliser.std
-            net.biases[-1].copy_(self.reward_normaliser(net.biases[-1] * std + mean))
-        self.lowest.copy_(reward.min().clamp(max=0) / (1 - self.gamma))  # an episode that has ended earns 0
-        self.highest.copy_(reward.max().clamp(min=0) / (1 - self.gamma))
 
     def loss(self, obs: Tensor, next_obs: Tensor, reward: Tensor, goes_on: Tensor) -> Tensor:  # (V, N, ..) each
         with torch.no_grad():
@@ -981,7 +979,7 @@ def value_step(value: Value, optimizer: torch.optim.Optimizer, data: dict[str, T
     optimizer.step()
     with torch.no_grad():
         for slow, weight in zip(value.slow.parameters(), value.mlp.parameters(), strict=True):
-            slow.lerp_(weight, 0.02)
+            slow.lerp_(weight, 0.1)
     return loss.detach()
 
 
@@ -1566,7 +1564,10 @@ def fit_model(
         check_data(buffer.columns(), args.env_id)
         progress["fitted"] = buffer.size
     x, y = model.regression_data(buffer, rows, fit=progress["fit_step"] == 0)
-    data = value.data(buffer, fit=progress["fit_step"] == 0) if value else {}
+    if value and value_optimizer and progress["fit_step"] == 0:
+        value.begin_anew(buffer)
+        value_optimizer.state.clear()
+    data = value.data(buffer) if value else {}
     bar = tqdm(total=args.train_steps, initial=progress["fit_step"], desc="fit", unit="step", leave=False)
     begin, dtype = time.perf_counter(), getattr(torch, args.train_dtype)
     while progress["fit_step"] < args.train_steps:

@@ -428,7 +428,7 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
-        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
             print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 

@@ -506,7 +506,7 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
-        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
             print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
@@ -830,10 +830,10 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
-        nll = torch.where(self.target_normaliser.std > 0, nll, 0)  # what never moves would drag the bounds down
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
-        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
-        return nll.mean(dim=(1, 2)) + bounds
+        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar)
+        moves = self.target_normaliser.std > 0  # what has never moved says nothing of its variance, nor of the bounds
+        return torch.where(moves, nll, 0).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
 
 
 def make_model(config: dict[str, Any]) -> DynamicsModel:

@@ -34,7 +34,7 @@ the buffer; V̄ is the same network with a running mean of its weights:
 
     minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
-V begins anew with each model: it is old after a few thousand gradient steps, and worse to plan with from then on.
+V begins anew with each model: one that learned on through a whole run was worse to plan with in the end (see below).
 With --num-values there are several V, each learned by itself, and equation 2 believes the one that promises least.
 
 Pseudocode:
@@ -51,8 +51,8 @@ Pseudocode:
             s <- environment step with the first action; buffer <- buffer + transition
 
 Episodes are cut short now and then while collecting (--reset-every), because a planner can only be as good as the model
-is where it stands. Five whole episodes of random actions show five times how HalfCheetah-v5 stands up; the plans of a
-model that has seen no more mostly begin with a somersault, and the rest of the episode is spent on the back.
+is where it stands. Five whole episodes of random actions show five times how an episode of HalfCheetah-v5 begins; the
+plans of a model that has seen no more mostly begin with a somersault, and the rest of the episode is spent on the back.
 
 A horizon is short. HalfCheetah-v5 starts fastest by a somersault, with the true dynamics as with a model, and that it
 then lies on its back is beyond the horizon. V knows: it has seen what became of those that did. It is the value of what
@@ -72,7 +72,8 @@ Where an episode has at most 200 steps (Reacher, Pusher: to get somewhere, not t
 --noise-beta 2 and --reset-every None: a hand that moves smoothly, to somewhere that is farther than a few steps; and
 beginnings abound.
 
-The refinements, each a flag, each with its reason (all but the bounded sampling are of iCEM, section 3):
+The refinements, each a flag, each with its reason (bounded sampling is of PETS, the rest of iCEM, section 3, which
+executes the best):
 
     --shift-plan        start from the last step's plan, one step on: the world has moved by one step only
     --keep-elites       let some of the last elites (shifted too) compete again: a good plan is not lost to bad luck
@@ -82,13 +83,13 @@ The refinements, each a flag, each with its reason (all but the bounded sampling
                         β 1 (three seeds, one episode each, commit 44e8d92: --true-dynamics --num-iterations 1
                         --initial-steps 10 --train-steps 1 --num-candidates 250 --horizon 20 --gamma 1
                         --no-terminal-value --eval-episodes 1 --max-episode-steps 120 --noise-beta β)
-    --candidate-decay   K shrinks by this factor each iteration (2 J are left): a narrow Gaussian needs fewer samples
+    --candidate-decay   K shrinks by this factor each iteration (never below 2 J): a narrow Gaussian needs fewer
     --mean-candidate    in the last iteration μ itself competes: a sample around a good mean is mostly worse than it
     --bounded-sampling  cap σ at half the distance to the bounds and cut the Gaussian off at 2σ (PETS): no pile of
                         samples on the bounds
     --execute           mean smooths over what the model got wrong; best takes the winning sequence as it is
 
-Where steps are short (the cheetah below, 10,000 steps, seed 1) all of them earn 1,533. Without the shifted plan it is
+Where steps are short (the cheetah below, 10,000 steps, seed 1) its command earns 1,533. Without the shifted plan it is
 998, without the mean as a candidate 1,134, with the best sequence executed 1,250, with white noise 1,300, with no
 elites kept 1,342, and with 250 candidates in each iteration 1,531; another seed may turn the smaller differences round.
 
@@ -102,8 +103,8 @@ elites of equation 3,
         --no-terminal-value --gamma 1 --no-thompson
 
 On a cheetah with steps of 10 ms, looking further ahead by slower noise, a smaller model and no V earn 735 after 5,000
-steps and 1,751 after 25,000 (seed 1, commit 3e089bc; how much the horizon, the model and V are worth has not been
-measured):
+steps and 1,751 after 25,000 (seed 1, commit 3e089bc, before elites counted as drawn; how much the horizon, the model
+and V are worth has not been measured):
 
     python mpc_cem.py --env-id envs:PostureCheetah-v0 --horizon 20 --num-candidates 250 --noise-beta 1 --gamma 1 \
         --ensemble-size 3 --num-layers 2 --hidden-size 250 --no-terminal-value --no-thompson --reset-every None
@@ -119,8 +120,7 @@ Usage:
 
 What to expect of the first command: a return of 4,500 after 10,000 environment steps and 6,535 ± 148 after 50,000
 (three seeds), in 80 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
--162 after 7,000 steps and 7 minutes (seed 1). The returns of the cheetah with steps of 10 ms are of before elites
-counted as drawn.
+-162 after 7,000 steps and 7 minutes (seed 1).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
@@ -284,7 +284,7 @@ class Args:
     horizon: int = 10
     """steps planned ahead"""
     num_candidates: int = 100
-    """action sequences tried at each step (by CEM: in its first iteration)"""
+    """action sequences tried at each step (by CEM: in each of its iterations, unless they shrink)"""
     cem_iterations: int = 4
     """iterations of CEM at each step"""
     num_elites: int = 10
@@ -550,7 +550,7 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
-        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
             print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
@@ -1645,9 +1645,8 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     progress, run_dir = checkpointer.progress, checkpointer.run_dir
     done = progress["iteration"] + 1
     require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
-    fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
-    early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
-    require(fitted or not args.eval_only, early)
+    early = f"--eval-only: {run_dir} was stopped before its model was fitted; resume it without"
+    require(progress["fit_step"] >= args.train_steps or not args.eval_only, early)
     episodes = load_args(str(run_dir)).eval_episodes
     over = progress["evaluated"] == episodes and done == args.num_iterations
     as_before = args.eval_only or args.eval_episodes == episodes

@@ -193,7 +193,7 @@ class Args:
     horizon: int = 15
     """steps planned ahead"""
     num_candidates: int = 1_000
-    """action sequences tried at each step (by CEM: in its first iteration)"""
+    """action sequences tried at each step (by CEM: in each of its iterations, unless they shrink)"""
     gamma: float = 1.0
     """discount factor"""
     planner_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -413,7 +413,7 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
-        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
             print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
@@ -1253,9 +1253,8 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     progress, run_dir = checkpointer.progress, checkpointer.run_dir
     done = progress["iteration"] + 1
     require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
-    fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
-    early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
-    require(fitted or not args.eval_only, early)
+    early = f"--eval-only: {run_dir} was stopped before its model was fitted; resume it without"
+    require(progress["fit_step"] >= args.train_steps or not args.eval_only, early)
     episodes = load_args(str(run_dir)).eval_episodes
     over = progress["evaluated"] == episodes and done == args.num_iterations
     as_before = args.eval_only or args.eval_episodes == episodes

@@ -38,8 +38,8 @@ The plan is found by CEM, with a centre m and a spread d for every action of the
     m <- α mean(elites) + (1 - α) m,    d² <- α var(elites) + (1 - α) d²,    α = cem_alpha                          (5)
 
 cem_iterations times over; then the first action of m is executed, and all is planned anew one step later, from m
-shifted by one. Its new last action is the middle of the bounds, since at a bound equation 4 leaves no spread: a copy
-would stay there for ever, and a plan that lies at one comes away only slowly.
+shifted by one. Its new last action is the middle of the bounds, since at a bound equation 4 leaves no spread: a copied
+action there would never move again, and near one it moves only slowly.
 
 Pseudocode:
 
@@ -69,8 +69,9 @@ A plan must see past a fall. On its back HalfCheetah-v5 is stuck if a plan is to
 true dynamics in the model's place, a search over 20 steps stays there (100 steps earned 185), and one over 30 is on its
 feet after 40 (429). With --horizon 20 --num-candidates 200 --num-elites 20 --num-envs 1 training ended at 3,794 (seed
 1): six of ten episodes earned 4,088 to 6,856, and four that fell 432 to 1,523. So 30 steps ahead, as the authors have,
-with half the candidates, and five environments to collect in, for whose plans together a CPU takes seven tenths of the
-time; what these defaults earn is being measured. The authors report 4,204 ± 789 on their own cheetah.
+with half the candidates, and five environments to collect in: planning for all of them in one call takes a CPU seven
+tenths of the time of five calls. What these defaults earn is being measured. The authors report 4,204 ± 789 on their
+own cheetah.
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else
@@ -84,11 +85,11 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
     eval/episodic_return        mean return of the evaluation episodes
     eval/episodic_return_std    their standard deviation (ddof=1)
     eval/episodic_length        their mean length
-    eval/predicted_return       what the last elites promised, mean over the steps whose horizon was lived or that fell
-                                in it: a bit too much, as elites are those that did well under just these draws
+    eval/predicted_return       what the last elites promised, mean over the steps after which the episode lasted for a
+                                whole horizon, or fell: a bit too much, as elites did well under just these draws
     eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
-    eval/elite_std              std of the final elites in half-ranges, over all plans; 0.2 where there is nothing to
-                                choose by, near 0: the search has converged or is stuck at the bounds
+    eval/elite_std              std of the final elites in half-ranges, over all plans; where there is nothing to choose
+                                by it is 0.15 to 0.2; near 0: the search has converged or is stuck at the bounds
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
     model/disagreement          std over the members of the means that they predict there
@@ -239,7 +240,7 @@ class Args:
     horizon: int = 30
     """steps planned ahead"""
     num_candidates: int = 100
-    """action sequences tried at each step (by CEM: in its first iteration)"""
+    """action sequences tried at each step (by CEM: in each of its iterations, unless they shrink)"""
     cem_iterations: int = 4
     """iterations of CEM at each step"""
     num_elites: int = 10
@@ -478,7 +479,7 @@ class VectorEnv:
         self.obs = np.stack([env.load_state_dict(saved) for env, saved in zip(self.envs, state["envs"], strict=True)])
         self.action_space.np_random.bit_generator.state = state["rng"]
         self.episode = state["episode"].numpy()
-        if "obs" in state and not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
             print("warning: episodes were not replayed as they were: is all randomness np_random?", file=sys.stderr)
 
 
@@ -818,10 +819,10 @@ class GaussianEnsemble(DynamicsModel):
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
         nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
-        nll = torch.where(self.target_normaliser.std > 0, nll, 0)  # what never moves would drag the bounds down
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
-        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar).sum(dim=(1, 2))
-        return nll.mean(dim=(1, 2)) + bounds
+        bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar)
+        moves = self.target_normaliser.std > 0  # what has never moved says nothing of its variance, nor of the bounds
+        return torch.where(moves, nll, 0).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm
@@ -1394,9 +1395,8 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     progress, run_dir = checkpointer.progress, checkpointer.run_dir
     done = progress["iteration"] + 1
     require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
-    fitted = progress["iteration"] > 0 or progress["fit_step"] >= args.train_steps
-    early = f"--eval-only: {run_dir} was stopped before its first model was fitted; resume it without"
-    require(fitted or not args.eval_only, early)
+    early = f"--eval-only: {run_dir} was stopped before its model was fitted; resume it without"
+    require(progress["fit_step"] >= args.train_steps or not args.eval_only, early)
     episodes = load_args(str(run_dir)).eval_episodes
     over = progress["evaluated"] == episodes and done == args.num_iterations
     as_before = args.eval_only or args.eval_episodes == episodes

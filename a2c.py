@@ -137,7 +137,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -268,6 +268,7 @@ def check_args(args: Args) -> None:
 
 # ---------------------------------------------------------------------------------------------------- environment
 
+# Leading observation dimensions (x, or x and y) that these tasks hide by default; no network here sees them either.
 POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
 
 
@@ -619,8 +620,9 @@ def update(
 
 
 def weight_size(networks: nn.Module) -> dict[str, float]:
-    """Not finite if a weight is not: those of the last step no loss has seen."""
-    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+    """Not finite if a weight or a running mean is not: those of the last step have entered no loss yet."""
+    tensors = [tensor for tensor in networks.state_dict().values() if tensor.is_floating_point()]
+    return {"weights": torch.stack([tensor.double().norm() for tensor in tensors]).sum().item()}
 
 
 # Differs: losses and weights are all there is to diverge

@@ -79,7 +79,8 @@ Experts and data are those of bc_variants.py: a file of `mbpo_sac.py --save-poli
 dataset, or a file of --save-data or a dict of `observations`, `actions`, `mean_reward` and, if you like, `episode`
 (whole numbers, an episode's rows in order; AIRL needs to know what follows what) and `terminated` (true in a row that
 ended its episode); all of a file is used, first random steps, too. A dict without `terminated` is taken for an expert
-whose episodes never end. An episode that the expert plays here counts as ended if it is shorter than the time limit.
+whose episodes never end. An episode that the expert plays here counts as ended if it is shorter than the time limit (so
+does one that the environment cuts short by itself before that).
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -110,8 +111,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of environ
 
 (`--algo control` has nothing to log of the discriminator.)
 
-Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it the policy's newest steps instead
-of its own alone, whose log π is by then another one; equation 8 in place of a network's output; the penalty is on
+Deviations: SAC instead of TRPO (some ten times fewer steps, as in DAC), and with it steps of recent, older policies for
+D to judge, with the present one's log π in equation 6; equation 8 in place of a network's output; the penalty is on
 slopes above 1 only (Gulrajani's pulls every slope to 1, up as well as down); rewards are scaled, and AIRL's shifted;
 the expert that plays here plays its best guess, and so has no density; SAC's actor, critics and temperature step
 together, by the weights before.
@@ -185,7 +186,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -314,7 +315,8 @@ def check_args(args: Args) -> None:
     few = f"--initial-steps {args.initial_steps} of --total-timesteps {args.total_timesteps}: nothing would be learned"
     require(args.initial_steps < args.total_timesteps, few)
     seldom = f"--discriminator-every {args.discriminator_every}: the discriminator would not learn in this run"
-    require(args.algo == "control" or args.discriminator_every <= args.total_timesteps, seldom)
+    times = args.total_timesteps // args.discriminator_every - args.initial_steps // args.discriminator_every
+    require(args.algo == "control" or times > 0, seldom)
     require(args.resume is not None or not args.eval_only, "--eval-only needs --resume RUN_DIR: the run to evaluate")
     sources = [name for name in ("expert", "data", "minari_id") if getattr(args, name) is not None]
     two = " and ".join(f"--{name.replace('_', '-')}" for name in sources)
@@ -350,6 +352,7 @@ def expert_path(args: Args) -> str:
 
 # ---------------------------------------------------------------------------------------------------- environment
 
+# Leading observation dimensions (x, or x and y) that these tasks hide by default; no network here sees them either.
 POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
 
 
@@ -776,7 +779,7 @@ class TwinCritic(StackedMLP):
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             x = F.relu(torch.baddbmm(bias, x, weight))
         with torch.autocast(x.device.type, enabled=False):  # values near 1,000 would be rounded to ±2 in bfloat16
-            # A product with a single column is slow as one: (2, B, units) * (2, 1, units), summed.
+            # A matrix product with one column is slow, so multiply and sum: (2, B, units) * (2, 1, units).
             return (x.float() * weights[-1].mT).sum(dim=-1) + biases[-1][..., 0]
 
 
@@ -1092,8 +1095,9 @@ class DiscriminatorMeans(Means):
 
 
 def weight_size(networks: nn.Module) -> dict[str, float]:
-    """Not finite if a weight is not: those of the last step no loss has seen."""
-    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+    """Not finite if a weight or a running mean is not: those of the last step have entered no loss yet."""
+    tensors = [tensor for tensor in networks.state_dict().values() if tensor.is_floating_point()]
+    return {"weights": torch.stack([tensor.double().norm() for tensor in tensors]).sum().item()}
 
 
 # Differs: losses and weights are all there is to diverge
@@ -1160,7 +1164,7 @@ def evaluate(
     args: Args, actor: Actor, expert_return: float, episodes: int, device: torch.device, video: Path | None
 ) -> tuple[dict[str, float], list[float]]:
     """Whole episodes, acting by the mean, on the same seeds each time, none of them trained on."""
-    seed = 1_000_000 + 1_000 * args.seed  # no run begins where another one does
+    seed = 1_000_000 + 1_000 * args.seed  # for --seed below 100 and 1,000 episodes, nobody else begins there
     obs, _, _, returns, _ = run_episodes(actor.mode, args.env_id, episodes, seed, device, args.max_episode_steps, video)
     mean = returns.mean().item()
     metrics = {"eval/episodic_return": mean, "eval/episodic_length": len(obs) / episodes}
@@ -1379,7 +1383,7 @@ def demonstrate(
     if args.minari_id is not None:
         return from_minari(args.minari_id, args.num_episodes, args.env_id, obs_dim, action_dim)
     assert expert is not None
-    seed = 2_000_000 + 1_000 * args.seed  # no run begins where another one does
+    seed = 2_000_000 + 1_000 * args.seed  # for --seed below 100 and 1,000 episodes, nobody else begins there
     rows = run_episodes(expert.mode, args.env_id, args.num_episodes, seed, device, args.max_episode_steps)
     early = rows[2].bincount()[rows[2]] < limit  # whole episodes: what ended before the limit has terminated
     return Demonstrations(*rows[:3], rows[3].mean().item(), early)

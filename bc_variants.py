@@ -72,8 +72,8 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of gradien
     eval/expert_fraction        the mean return over the expert's own; 0 where that is not positive, and says nothing
     eval/best_return            the highest mean return so far; a maximum of noisy numbers, and so too high
     losses/train_loss           equation 1 to 5 on 10,000 training transitions at most; no two variants' losses compare
-    losses/holdout_loss         the same on held-out transitions. With --stop-after the last losses logged of a fit are
-                                of the weights that it ended with, the returns of the best, to which it goes back
+    losses/holdout_loss         the same on held-out transitions (with --stop-after the last point of a fit, like its
+                                returns, is of the best weights, to which it goes back)
     losses/action_error         mean of |what the policy does - the expert's action| there, in half-ranges
     charts/SPS                  gradient steps per second, the first ten left out
     charts/transitions          transitions in the data
@@ -151,7 +151,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -304,6 +304,7 @@ def expert_path(args: Args) -> str:
 
 # ---------------------------------------------------------------------------------------------------- environment
 
+# Leading observation dimensions (x, or x and y) that these tasks hide by default; no network here sees them either.
 POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
 
 
@@ -1228,8 +1229,9 @@ def demonstrate(args: Args, expert: Actor | None, sizes: tuple[int, int, int], d
 
 
 def weight_size(networks: nn.Module) -> dict[str, float]:
-    """Not finite if a weight is not: those of the last step no loss has seen."""
-    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+    """Not finite if a weight or a running mean is not: those of the last step have entered no loss yet."""
+    tensors = [tensor for tensor in networks.state_dict().values() if tensor.is_floating_point()]
+    return {"weights": torch.stack([tensor.double().norm() for tensor in tensors]).sum().item()}
 
 
 # Differs: losses and weights are all there is to diverge
@@ -1300,7 +1302,6 @@ def train_round(
             if better and args.stop_after:
                 best.load_state_dict(average.state_dict())
             if args.stop_after and (progress["stale"] >= args.stop_after or step == args.train_steps):
-                log.scalars(metrics, progress["step"])  # what is logged first stays
                 policy.load_state_dict(best.state_dict())
                 average.load_state_dict(best.state_dict())
                 optimizer.state.clear()  # what it remembers is of other weights
@@ -1333,11 +1334,12 @@ def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) ->
     """Continue from a checkpoint that is not beyond what was asked for."""
     checkpointer.restore(checkpoint)
     run_dir, done, fitted = checkpointer.run_dir, checkpointer.progress["round"], checkpointer.progress["fit_step"]
-    require(done <= args.dagger_rounds, f"--dagger-rounds {args.dagger_rounds}: {run_dir} has had {done}")
-    unfinished = done < args.dagger_rounds or fitted < args.train_steps
+    before, unfinished = load_args(str(run_dir)), done < args.dagger_rounds or fitted < args.train_steps
+    few = f"--dagger-rounds {args.dagger_rounds}: {run_dir} has had {done}, and must end with more to end well"
+    fewer = args.dagger_rounds < before.dagger_rounds
+    require(done <= args.dagger_rounds and (unfinished or args.eval_only or not fewer), few)
     idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"
-    as_before = args.eval_episodes == load_args(str(run_dir)).eval_episodes
-    require(unfinished or args.eval_only or as_before, idle)
+    require(unfinished or args.eval_only or args.eval_episodes == before.eval_episodes, idle)
 
 
 def main(args: Args) -> dict[str, float]:

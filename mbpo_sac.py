@@ -52,7 +52,7 @@ Usage:
     action = actor.mode(torch.as_tensor(obs).float()).numpy()       # for each observation
 
 The course's Dyna (CS285 homework 4: deterministic members that are averaged, known reward, one buffer for real and
-imagined steps, a fixed number of updates after each 5,000 steps) is
+imagined steps, a fixed number of updates after each 5,000 steps) is, but for the noise on the model's inputs,
 
     python mbpo_sac.py --env-id envs:PostureCheetah-v0 --total-timesteps 50_000 --rollout-length 10 --real-ratio None \
         --average-members --no-probabilistic --ensemble-size 3 --elite-members 3 --num-layers 2 --hidden-size 250 \
@@ -67,8 +67,8 @@ penalty on the bounds of the variance was divided by the number of members).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two
-more outputs of the ensemble (`--reward learned`: always, as in the paper for the reward). The policy sees the standard
-observation; the positions that the locomotion tasks hide are kept for the model's reward alone.
+more outputs of the ensemble (--reward learned: these always; the paper learns the reward and knows the end). The policy
+sees the standard observation; the positions that the locomotion tasks hide are kept for the model's reward alone.
 
 Every logged tag (TensorBoard and metrics.csv; the step is the number of environment steps):
 
@@ -107,11 +107,12 @@ member trains on all rows, and not on a bootstrap of them; reward and terminatio
 (the paper learns the reward, and knows when an episode ends: here --reward learned learns both); each rollout step
 gives every elite an equal share of the rows instead of drawing one per row; a fit takes at most max_train_steps
 gradient steps, and that alone ends it from some 24,000 rows on (six epochs are more); with bfloat16 rollouts use a copy
-of the elites' weights that is rounded, too. A row that is held out is held out for good (at most 5,000 are tested by,
-and learned ends do not count), where the paper draws others at each fit: weights that have trained on a row know it,
-and no new ones seem better. The course's Dyna holds no rows out and has no noise on its inputs; its code has three
-layers of 128 units for SAC and, in the file of settings, α = 0.05 (0.1 where nothing is set); it makes a rollout before
-each update, here those for 50 updates are made at once.
+of the elites' weights that is rounded, too. A row that is held out is never trained on, where the paper draws others at
+each fit: on rows that an earlier fit has trained on the old weights do too well for any new ones to be better. At most
+5,000 of them are tested by, drawn anew at each fit, and learned ends do not count. The course's Dyna holds no rows out,
+so that a fit ends with its last weights, and has no noise on its inputs; its code has three layers of 128 units for SAC
+and, in the file of settings, α = 0.05 (0.1 where nothing is set); it makes a rollout before each update, here those for
+50 updates are made at once.
 
 Papers: Haarnoja et al. 2018, SAC, arXiv 1812.05905 (equations 1 to 3: its 5 to 18); Janner et al. 2019, MBPO, arXiv
 1906.08253 (algorithm 2, appendix C); Sutton 1991, Dyna; Chua et al. 2018, PETS, arXiv 1805.12114 (the ensemble).
@@ -182,7 +183,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 50_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -366,6 +367,7 @@ def check_args(args: Args) -> None:
 
 # ---------------------------------------------------------------------------------------------------- environment
 
+# Leading observation dimensions (x, or x and y) that these tasks hide by default; here they are for the reward alone.
 POSITIONS = {"HalfCheetah-v5": 1, "Hopper-v5": 1, "Walker2d-v5": 1, "Swimmer-v5": 2, "Ant-v5": 2, "Humanoid-v5": 2}
 
 
@@ -829,11 +831,12 @@ class GaussianEnsemble(DynamicsModel):
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
-        nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        error = (output[..., : self.num_targets] - target).square()
+        nll = error * torch.exp(-logvar) + logvar
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
         bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar)
         moves = self.target_normaliser.std > 0  # what has never moved says nothing of its variance, nor of the bounds
-        return torch.where(moves, nll, 0).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
+        return torch.where(moves, nll, error).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
 
 
 def make_model(config: dict[str, Any]) -> DynamicsModel:
@@ -886,7 +889,7 @@ class TwinCritic(StackedMLP):
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             x = F.relu(torch.baddbmm(bias, x, weight))
         with torch.autocast(x.device.type, enabled=False):  # values near 1,000 would be rounded to ±2 in bfloat16
-            # A product with a single column is slow as one: (2, B, units) * (2, 1, units), summed.
+            # A matrix product with one column is slow, so multiply and sum: (2, B, units) * (2, 1, units).
             return (x.float() * weights[-1].mT).sum(dim=-1) + biases[-1][..., 0]
 
 
@@ -1166,15 +1169,18 @@ class Means:
 
 
 def weight_size(networks: nn.Module) -> dict[str, float]:
-    """Not finite if a weight is not: those of the last step no loss has seen."""
-    return {"weights": torch.stack([weight.detach().norm() for weight in networks.parameters()]).sum().item()}
+    """Not finite if a weight or a running mean is not: those of the last step have entered no loss yet."""
+    tensors = [tensor for tensor in networks.state_dict().values() if tensor.is_floating_point()]
+    return {"weights": torch.stack([tensor.double().norm() for tensor in tensors]).sum().item()}
 
 
 def check_losses(means: dict[str, float], buffer: ReplayBuffer, args: Args, step: int, run_dir: Path) -> None:
     """An agent that has diverged is of no use, and must not overwrite its last good checkpoint."""
     bad = [f"non-finite {name}" for name, mean in means.items() if not math.isfinite(mean)]
-    # No value can exceed in size the largest reward, got forever; ten times that leaves room for the entropy.
-    highest = 10 * (buffer.reward[: buffer.size].abs().max().item() + 10) / (1 - args.gamma)
+    # No value can exceed in size the largest reward and the entropy of each action, at most log 2, got forever; ten
+    # times that leaves room for a temperature that adapts itself.
+    entropy = (args.alpha or 0.0) * buffer.action.shape[1]
+    highest = 10 * (buffer.reward[: buffer.size].abs().max().item() + entropy + 10) / (1 - args.gamma)
     if abs(means.get("losses/qf_values", 0.0)) > highest:
         bad.append(f"losses/qf_values beyond ±{highest:.0f}, which no policy can earn or lose,")
     if bad:

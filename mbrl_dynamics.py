@@ -25,9 +25,10 @@ or, with `--probabilistic`, as a Gaussian whose mean μ and log-variance λ are 
 
     loss_e = mean of (μ_e(x) - y)² exp(-λ_e(x)) + λ_e(x),           λ softly clamped to [λ_min, λ_max]         (3)
 
-plus 0.01 / E Σ (λ_max - λ_min) over the dimensions, which keeps the learned bounds tight. Where the environment has no
-formulas for reward and termination they are learned too: the reward as one more dimension of y, the termination as a
-logit (cross-entropy).
+plus 0.01 / E Σ (λ_max - λ_min) over the dimensions, which keeps the learned bounds tight (each member has its own). A
+dimension that has never moved has neither, only the squared error of its mean. Where the environment has no formulas
+for reward and termination they are learned too: the reward as one more dimension of y, the termination as a logit
+(cross-entropy).
 
 An ensemble of E such networks starts from different weights and sees different batches. Where data is plentiful the
 members agree; where it is not they disagree, and their spread tells a planner what the model does not know.
@@ -85,8 +86,9 @@ Where this deviates from the papers, and why:
 
 1. Normalised targets (PDDM, MBMF do; PETS does not): each dimension of Δs weighs the same, whatever its unit.
 2. Batches are drawn with replacement, not by epochs: E shuffles of a growing buffer cost more than they buy.
-3. The log-variance bounds are learned and regularised as in PETS, but weight decay is one number for all layers.
-   Predictions (`predict`, open loop) use the mean of the Gaussian; drawing from it is a planner's business.
+3. The log-variance bounds are learned and regularised as in PETS, but each member has its own, with a share of the
+   penalty (E members together have all of it), and weight decay is one number for all layers. Predictions (`predict`,
+   open loop) use the mean of the Gaussian; drawing from it is a planner's business.
 4. The six locomotion tasks of Gymnasium's MuJoCo suite keep the absolute position x in the observation (the reward of a
    planner is Δx/dt, which nobody can read from the standard observation). The model predicts its change too but never
    sees it as an input: physics does not depend on where the robot stands.
@@ -148,7 +150,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     env_id: str = "HalfCheetah-v5"
@@ -616,11 +618,12 @@ class GaussianEnsemble(DynamicsModel):
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
-        nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        error = (output[..., : self.num_targets] - target).square()
+        nll = error * torch.exp(-logvar) + logvar
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
         bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar)
         moves = self.target_normaliser.std > 0  # what has never moved says nothing of its variance, nor of the bounds
-        return torch.where(moves, nll, 0).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
+        return torch.where(moves, nll, error).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
 
 
 def make_model(config: dict[str, Any]) -> DynamicsModel:
@@ -763,7 +766,7 @@ def draw_predictions(model: DynamicsModel, buffer: ReplayBuffer, rows: Tensor, s
     from matplotlib.figure import Figure
 
     lengths = [horizon for horizon in HORIZONS if len(windows(buffer, rows, horizon, 1)[0])]
-    obs, action, truth = windows(buffer, rows, lengths[-1] if lengths else 1, 1)
+    obs, action, truth = windows(buffer, rows, lengths[-1], 1)
     predicted = torch.cat([obs.expand(model.ensemble_size, 1, -1), open_loop(model, obs, action)[:, 0]], dim=1).cpu()
     true = torch.cat([obs, truth[0]]).cpu()  # (H + 1, D)
     error = ((predicted - true) / scale.cpu())[:, 1:].square().mean().item()

@@ -176,7 +176,7 @@ class Args:
     log_dir: str = "runs"
     """folder that holds the run folders"""
     checkpoint_every: int = 5_000
-    """steps between checkpoints: of the environment, and while a model is fitted of the gradient"""
+    """steps between checkpoints: of the environment, or of the gradient in a fit that can be resumed"""
     resume: str | None = None
     """run folder to continue, with its own settings; those that shaped it so far cannot change"""
     eval_only: bool = False
@@ -818,11 +818,12 @@ class GaussianEnsemble(DynamicsModel):
 
     def regression_loss(self, output: Tensor, target: Tensor) -> Tensor:  # (E, B, out), (E, B, targets) -> (E,)
         logvar = self.logvar(output)
-        nll = (output[..., : self.num_targets] - target).square() * torch.exp(-logvar) + logvar
+        error = (output[..., : self.num_targets] - target).square()
+        nll = error * torch.exp(-logvar) + logvar
         # Learned bounds must stay tight, but with more weight than this they close, and the variance is a constant.
         bounds = 0.01 / self.ensemble_size * (self.max_logvar - self.min_logvar)
         moves = self.target_normaliser.std > 0  # what has never moved says nothing of its variance, nor of the bounds
-        return torch.where(moves, nll, 0).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
+        return torch.where(moves, nll, error).mean(dim=(1, 2)) + torch.where(moves, bounds, 0).sum(dim=(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ algorithm

@@ -354,6 +354,23 @@ def test_weights_that_diverged_in_the_last_step_are_not_saved(tmp_path):
     assert not list(Path(args.log_dir).glob("*/checkpoint.pt"))
 
 
+def test_an_observation_that_was_infinite_once_is_not_saved_in_the_running_mean(tmp_path, monkeypatch):
+    """Cut off at 10 spreads it leaves the losses of its batch finite."""
+    args, step, calls = tiny(tmp_path, checkpoint_every=8, batch_size=8), a2c.VectorEnv.step, iter(range(10**6))
+
+    def infinite(self, action):
+        found = step(self, action)
+        if next(calls) == 10:
+            self.obs[0, 0] = math.inf
+        return found
+
+    monkeypatch.setattr(a2c.VectorEnv, "step", infinite)
+    with pytest.raises(SystemExit, match="non-finite weights"):
+        a2c.main(args)
+    saved = torch.load(next(Path(args.log_dir).glob("*/checkpoint.pt")), weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in saved["agent"].values())
+
+
 def test_without_a_baseline_nothing_is_said_of_the_critic(tmp_path):
     _, run_dir = run(tiny(tmp_path, use_baseline=False, gae_lambda=None))
     tags = {row[1] for row in logged(run_dir)}

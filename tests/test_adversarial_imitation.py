@@ -636,6 +636,7 @@ def test_weights_that_the_last_step_broke_do_not_overwrite_the_checkpoint(tmp_pa
         ({"gamma": 1.0}, "--gamma must lie in [0, 1)"),
         ({"initial_steps": 80}, "nothing would be learned"),
         ({"discriminator_every": 81}, "the discriminator would not learn in this run"),
+        ({"discriminator_every": 30, "initial_steps": 60}, "the discriminator would not learn in this run"),
         ({"expert": "nowhere/expert.pt"}, "make it with: mkdir -p nowhere && python mbpo_sac.py --env-id Pendulum-v1"),
         ({"expert": __file__}, "is no actor of mbpo_sac.py"),
         ({"env_id": "Hopper-v5", "expert": "{tmp}/Pendulum-v1.pt"}, "was made for Pendulum-v1, not for Hopper-v5"),

@@ -501,6 +501,19 @@ def test_a_finished_run_is_not_resumed_as_another_one(tmp_path, capsys):
     assert json.loads((run_dir / "args.json").read_text())["dagger_rounds"] == 2
 
 
+def test_a_run_does_not_end_with_an_evaluation_in_between(tmp_path, monkeypatch, capsys):
+    """Stopped after round 0 and resumed to have no other, it would have had no last evaluation."""
+    args = tiny(tmp_path, dagger_rounds=1, dagger_episodes=1, checkpoint_every=20)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(bc, "dagger", lambda *rest: (_ for _ in ()).throw(MemoryError))
+        bc.main(args)
+    run_dir = next(Path(args.log_dir).iterdir())
+    with pytest.raises(SystemExit):
+        bc.main(bc.parse_args(["--resume", str(run_dir), "--dagger-rounds", "0"]))
+    assert "--dagger-rounds 0" in capsys.readouterr().err
+    bc.main(bc.parse_args(["--resume", str(run_dir)]))
+
+
 def test_a_fresh_process_evaluates_to_the_same_return(tmp_path):
     result, run_dir = run(tiny(tmp_path, variant="gmm"))
     script = [sys.executable, bc.__file__, "--resume", str(run_dir), "--eval-only", "--num-threads", "1"]
@@ -548,7 +561,7 @@ def test_an_early_stop_goes_back_to_the_best(tmp_path, monkeypatch):
     assert all(torch.equal(final[name], weights[1][name]) for name in final)
     assert not all(torch.equal(final[name], weights[3][name]) for name in final)
     found = [float(row[2]) for row in csv.reader((run_dir / "metrics.csv").open()) if row[1] == "losses/holdout_loss"]
-    assert found == [3.0, 1.0, 2.0, 2.5], "what ended the fit is logged"
+    assert found == [3.0, 1.0, 2.0, 9.0], "losses and returns of a step are of the same weights"
 
 
 def test_the_running_mean_is_one(tmp_path):

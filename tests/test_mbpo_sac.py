@@ -1,11 +1,13 @@
 """mbpo_sac.py: the update against slow references, rollouts and fits against what they promise, runs."""
 
+import contextlib
 import csv
 import json
 import math
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -715,6 +717,16 @@ def test_ctrl_c_ends_an_evaluation_alone_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sac, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         sac.main(replace(sac.load_args(str(run_dir)), resume=str(run_dir), eval_only=True))
+
+
+def test_a_large_fixed_temperature_is_no_divergence(tmp_path):
+    """Entropy alone is worth alpha log 2 / (1 - gamma) for each action."""
+    buffer = sac.ReplayBuffer(10, 3, 6, torch.device("cpu"))
+    buffer.size = 10  # all rewards are 0
+    for alpha, fine in ((100.0, True), (1.0, False)):
+        check = partial(sac.check_losses, {"losses/qf_values": 100 * 6 * math.log(2) / 0.01}, buffer)
+        with contextlib.nullcontext() if fine else pytest.raises(SystemExit, match="which no policy can earn"):
+            check(sac.Args(alpha=alpha, gamma=0.99), 10, tmp_path)
 
 
 def test_weights_that_have_diverged_are_not_saved(tmp_path, monkeypatch):

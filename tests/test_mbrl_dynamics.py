@@ -208,8 +208,9 @@ def test_what_has_never_moved_is_predicted_to_stay(kind):
     assert (y[:, 1] == 0).all()
     predicted, _, _ = model.predict(obs.expand(4, -1, -1), torch.randn(4, 50, 2))
     assert torch.equal(predicted[..., 1], obs[:, 1].expand(4, -1)) and (predicted[..., 0] != obs[:, 0]).all()
+    model.loss(torch.randn(4, 50, 5), y.expand(4, -1, -1)).sum().backward()
+    assert (model.mlp.biases[-1].grad[..., :3] != 0).all(), "a mean that nobody has trained would count as an error"
     if kind is md.GaussianEnsemble:  # to be ever surer of it would drag the bounds down, their own penalty across
-        model.loss(torch.randn(4, 50, 5), y.expand(4, -1, -1)).sum().backward()
         for bound in (model.min_logvar, model.max_logvar):
             assert (bound.grad[..., 1] == 0).all() and (bound.grad[..., [0, 2]] != 0).all()
 

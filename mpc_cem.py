@@ -118,9 +118,9 @@ Usage:
     python mpc_cem.py --resume RUN_DIR --eval-only --true-dynamics    # is it the planner or the model?
     python mpc_cem.py --resume RUN_DIR --eval-only --num-candidates 300    # what would more candidates have earned?
 
-What to expect of the first command: a return of 4,500 after 10,000 environment steps and 6,535 ± 148 after 50,000
-(three seeds), in 80 minutes on one core of a CPU that multiplies in bfloat16; of the second, with `--num-iterations 3`:
--162 after 7,000 steps and 7 minutes (seed 1).
+What to expect of the first command: a return of 4,500 after 10,000 environment steps and 7,000 after 50,000 (seed 3; a
+V that learned on through the run earned 6,666), in 85 minutes on one core of a CPU that multiplies in bfloat16; of the
+second, with `--num-iterations 3`: -162 after 7,000 steps and 8 minutes (seed 1).
 
 The reward r and the end of an episode are functions of (obs, action, next_obs): the environment's own `batch_reward`
 and `batch_terminated` if it has them, else the formulas of Gymnasium's MuJoCo v5 tasks, which this file knows, else two

@@ -1396,7 +1396,7 @@ def restore(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) 
     progress, run_dir = checkpointer.progress, checkpointer.run_dir
     done = progress["iteration"] + 1
     require(args.num_iterations >= done, f"--num-iterations {args.num_iterations}: {run_dir} has had {done}")
-    early = f"--eval-only: {run_dir} was stopped before its model was fitted; resume it without"
+    early = f"--eval-only: {run_dir} was stopped before or in a fit of its model; resume it without"
     require(progress["fit_step"] >= args.train_steps or not args.eval_only, early)
     episodes = load_args(str(run_dir)).eval_episodes
     over = progress["evaluated"] == episodes and done == args.num_iterations

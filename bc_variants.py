@@ -1335,7 +1335,7 @@ def go_on(args: Args, checkpointer: Checkpointer, checkpoint: dict[str, Any]) ->
     checkpointer.restore(checkpoint)
     run_dir, done, fitted = checkpointer.run_dir, checkpointer.progress["round"], checkpointer.progress["fit_step"]
     before, unfinished = load_args(str(run_dir)), done < args.dagger_rounds or fitted < args.train_steps
-    few = f"--dagger-rounds {args.dagger_rounds}: {run_dir} has had {done}, and must end with more to end well"
+    few = f"--dagger-rounds {args.dagger_rounds}: {run_dir} has had {done}; it goes on with more of them only"
     fewer = args.dagger_rounds < before.dagger_rounds
     require(done <= args.dagger_rounds and (unfinished or args.eval_only or not fewer), few)
     idle = f"--eval-episodes {args.eval_episodes}: {run_dir} has finished; evaluate it with --eval-only"

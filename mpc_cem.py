@@ -34,7 +34,7 @@ the buffer; V̄ is the same network with a running mean of its weights:
 
     minimise Σ (V(s) - y)²,   y = r + γ V̄(s'),  or r alone where s' was terminal (not timed out, not cut short)  (4)
 
-V begins anew with each model: one that learned on through a whole run was worse to plan with in the end (see below).
+V begins anew with each model: one that learned on through a whole run ended lower (one seed, see below).
 With --num-values there are several V, each learned by itself, and equation 2 believes the one that promises least.
 
 Pseudocode:

@@ -89,7 +89,7 @@ Every logged tag (TensorBoard and metrics.csv; the step is the number of transit
                                 whole horizon, or fell: a bit too much, as elites did well under just these draws
     eval/realised_return        what the environment paid over the same horizons; far below: the model is fooled
     eval/elite_std              std of the final elites in half-ranges, over all plans; where there is nothing to choose
-                                by it is 0.15 to 0.2; near 0: the search has converged or is stuck at the bounds
+                                by it is some 0.14; near 0: the search has converged or is stuck at the bounds
     model/train_loss            loss of the last gradient step of the fit, mean over members
     model/holdout_mse           one-step error (normalised) of the old model on the data collected since its fit
     model/disagreement          std over the members of the means that they predict there
